@@ -1,0 +1,25 @@
+"""Vision-language models, rewritten so that anything inside them can be looked at and changed.
+
+Numbers are HF's, to the bit; names are TransformerLens's. Start at :meth:`HookedVLM.from_pretrained`.
+"""
+
+from hooked_vlm.cache import ActivationCache
+from hooked_vlm.hooks import HookedModule, HookError, HookPoint
+from hooked_vlm.inputs import Span, SpanError, VLMInputs
+from hooked_vlm.models import HookedBlipCaption, HookedBlipRetrieval, HookedBlipVQA, HookedVLM
+from hooked_vlm.version import __version__
+
+__all__ = [
+    "ActivationCache",
+    "HookError",
+    "HookPoint",
+    "HookedBlipCaption",
+    "HookedBlipRetrieval",
+    "HookedBlipVQA",
+    "HookedModule",
+    "HookedVLM",
+    "Span",
+    "SpanError",
+    "VLMInputs",
+    "__version__",
+]

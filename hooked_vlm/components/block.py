@@ -1,0 +1,171 @@
+"""One transformer block: self-attention, cross-attention where the tower has it, MLP; pre-LN or post-LN.
+
+Axes: b batch, p position, h head, k the other tower's positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_vlm.components.attention import Attention, KeyValues, Split
+from hooked_vlm.components.mask import Mask
+from hooked_vlm.components.mlp import MLP
+from hooked_vlm.components.norm import LayerNorm
+from hooked_vlm.config import AttentionImplementation, TowerConfig
+from hooked_vlm.hooks import HookPoint
+
+
+@dataclass
+class LayerKnown:
+    """What one layer's attentions know already."""
+
+    attn: KeyValues = field(default_factory=KeyValues)
+    cross_attn: KeyValues = field(default_factory=KeyValues)
+
+    def reorder(self, rows: Int[Tensor, " b"]) -> None:
+        self.attn.reorder(rows)
+        self.cross_attn.reorder(rows)
+
+
+class Block(nn.Module):
+    """What both orders share. Build one with :func:`build_block`."""
+
+    def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.has_cross_attention = config.d_cross is not None
+        self._attention_options = {"scale_by": config.scale_by, "implementation": implementation}
+
+    def _build_attention(self, config: TowerConfig) -> None:
+        self.attn = Attention(
+            config.d_model, config.n_heads, config.d_head, fused_qkv=config.fused_qkv, **self._attention_options
+        )
+
+    def _build_cross_attention(self, config: TowerConfig) -> None:
+        self.cross_attn = Attention(
+            config.d_model, config.n_heads, config.d_head, d_other=config.d_cross, **self._attention_options
+        )
+
+    def _build_attention_inputs(self) -> None:
+        self.hook_attn_in = _residual()
+        self.hook_q_input = HookPoint("b p h d_model")
+        self.hook_k_input = HookPoint("b p h d_model")
+        self.hook_v_input = HookPoint("b p h d_model")
+
+    def _split(self, attn_in: Float[Tensor, "b p d_model"], norm: LayerNorm | None) -> tuple[Split | None, ...]:
+        """Each of q, k and v's own per-head copy of what attention reads, where someone looks at it."""
+        return tuple(
+            self._own_copies(point, attn_in, norm) if point.is_hooked else None
+            for point in (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        )
+
+    def _own_copies(self, point: HookPoint, attn_in: Float[Tensor, "b p d_model"], norm: LayerNorm | None) -> Split:
+        copies = attn_in.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
+        heads, edited = point.show(copies.clone() if point.is_edited else copies)
+        return Split(heads if norm is None else norm.normalize(heads), edited)
+
+
+class PreNormBlock(Block):
+    """A sub-layer reads the residual through a LayerNorm and adds to it."""
+
+    def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
+        super().__init__(config, implementation)
+        self.hook_resid_pre = _residual()
+        self._build_attention_inputs()
+        self.ln1 = LayerNorm(config.d_model, config.eps)
+        self._build_attention(config)
+        self.hook_attn_out = HookPoint("b p d_model")
+        self.hook_resid_mid = _residual()
+        if self.has_cross_attention:
+            self.hook_cross_attn_in = _residual()
+            self.ln_cross = LayerNorm(config.d_model, config.eps)
+            self._build_cross_attention(config)
+            self.hook_cross_attn_out = HookPoint("b p d_model")
+            self.hook_resid_mid_cross = _residual()
+        self.hook_mlp_in = _residual()
+        self.ln2 = LayerNorm(config.d_model, config.eps)
+        self.mlp = MLP(config.d_model, config.d_mlp, config.act)
+        self.hook_mlp_out = HookPoint("b p d_model")
+        self.hook_resid_post = _residual()
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "b p d_model"],
+        *,
+        mask: Mask | None = None,
+        known: LayerKnown | None = None,
+        other: Float[Tensor, "b k d_other"] | None = None,
+        other_mask: Mask | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        resid_pre = self.hook_resid_pre(resid_pre)
+        attn_in = self.hook_attn_in(resid_pre)
+        split = self._split(attn_in, self.ln1)
+        attn_out = self.attn(self.ln1(attn_in), mask=mask, known=known and known.attn, split=split)
+        resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(attn_out))
+        if self.has_cross_attention and other is not None:
+            cross_in = self.ln_cross(self.hook_cross_attn_in(resid_mid))
+            cross_out = self.cross_attn(cross_in, other=other, mask=other_mask, known=known and known.cross_attn)
+            resid_mid = self.hook_resid_mid_cross(resid_mid + self.hook_cross_attn_out(cross_out))
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid_mid))))
+        return self.hook_resid_post(resid_mid + mlp_out)
+
+
+class PostNormBlock(Block):
+    """A sub-layer reads the stream, adds to it, and a LayerNorm makes the sum the new stream."""
+
+    def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
+        super().__init__(config, implementation)
+        self.hook_resid_pre = _residual()
+        self._build_attention_inputs()
+        self._build_attention(config)
+        self.hook_attn_out = HookPoint("b p d_model")
+        self.hook_resid_mid = _residual()
+        self.ln1 = LayerNorm(config.d_model, config.eps)
+        self.hook_normalized_resid_mid = _residual()
+        if self.has_cross_attention:
+            self.hook_cross_attn_in = _residual()
+            self._build_cross_attention(config)
+            self.hook_cross_attn_out = HookPoint("b p d_model")
+            self.hook_resid_mid_cross = _residual()
+            self.ln_cross = LayerNorm(config.d_model, config.eps)
+            self.hook_normalized_resid_mid_cross = _residual()
+        self.hook_mlp_in = _residual()
+        self.mlp = MLP(config.d_model, config.d_mlp, config.act)
+        self.hook_mlp_out = HookPoint("b p d_model")
+        self.hook_resid_post = _residual()
+        self.ln2 = LayerNorm(config.d_model, config.eps)
+        self.hook_normalized_resid_post = _residual()
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "b p d_model"],
+        *,
+        mask: Mask | None = None,
+        known: LayerKnown | None = None,
+        other: Float[Tensor, "b k d_other"] | None = None,
+        other_mask: Mask | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        stream = self.hook_resid_pre(resid_pre)
+        attn_in = self.hook_attn_in(stream)
+        attn_out = self.attn(attn_in, mask=mask, known=known and known.attn, split=self._split(attn_in, None))
+        stream = self.ln1(self.hook_resid_mid(stream + self.hook_attn_out(attn_out)))
+        stream = self.hook_normalized_resid_mid(stream)
+        if self.has_cross_attention and other is not None:
+            cross_in = self.hook_cross_attn_in(stream)
+            cross_out = self.cross_attn(cross_in, other=other, mask=other_mask, known=known and known.cross_attn)
+            stream = self.ln_cross(self.hook_resid_mid_cross(stream + self.hook_cross_attn_out(cross_out)))
+            stream = self.hook_normalized_resid_mid_cross(stream)
+        mlp_out = self.hook_mlp_out(self.mlp(self.hook_mlp_in(stream)))
+        return self.hook_normalized_resid_post(self.ln2(self.hook_resid_post(stream + mlp_out)))
+
+
+def build_block(config: TowerConfig, implementation: AttentionImplementation) -> Block:
+    return {"pre": PreNormBlock, "post": PostNormBlock}[config.norm_order](config, implementation)
+
+
+def _residual() -> HookPoint:
+    # Whoever hooks one reader of the residual must not write into the others' tensor.
+    return HookPoint("b p d_model", aliased=True)

@@ -1,0 +1,65 @@
+"""What a tower's residual stream starts from: patches of an image, or tokens of a text."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution over patches, a class token, and learned positions."""
+
+    def __init__(self, d_model: int, image_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.image_size, self.patch_size = image_size, patch_size
+        self.grid = image_size // patch_size
+        self.cls = nn.Parameter(torch.zeros(1, 1, d_model))
+        self.patch = nn.Conv2d(3, d_model, kernel_size=patch_size, stride=patch_size)
+        self.pos = nn.Parameter(torch.zeros(1, self.grid**2 + 1, d_model))
+
+    def patches(self, pixel_values: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b p d_model"]:
+        """One position a patch, row by row."""
+        return self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def positions(self, height: int, width: int, *, interpolate: bool) -> Float[Tensor, "1 p d_model"]:
+        """Position embeddings for an image of this size in pixels, class token first.
+
+        With ``interpolate``, another size than the checkpoint's gets the learned grid, bicubically resized.
+
+        Raises:
+            ValueError: another size, without ``interpolate``.
+        """
+        if (height, width) == (self.image_size, self.image_size):
+            return self.pos
+        if not interpolate:
+            raise ValueError(
+                f"image is {height}x{width} pixels, the model's position embeddings are for "
+                f"{self.image_size}x{self.image_size}; pass interpolate_pos_encoding=True to resize them"
+            )
+        grid = rearrange(self.pos[:, 1:], "1 (row column) d -> 1 d row column", row=self.grid)
+        size = (height // self.patch_size, width // self.patch_size)
+        grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+        return torch.cat([self.pos[:, :1], rearrange(grid, "1 d row column -> 1 (row column) d")], dim=1)
+
+
+class TokenEmbedding(nn.Module):
+    """Token and learned position embeddings."""
+
+    def __init__(self, d_vocab: int, n_ctx: int, d_model: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(d_vocab, d_model)
+        self.pos = nn.Embedding(n_ctx, d_model)
+        self.n_ctx = n_ctx
+
+    def positions(
+        self, n_known: int, n_new: int, position_ids: Int[Tensor, "b p"] | None = None
+    ) -> Float[Tensor, "1_or_b p d_model"]:
+        """Embeddings of the positions that follow the first ``n_known``, or of ``position_ids``."""
+        if n_known + n_new > self.n_ctx:
+            raise ValueError(f"{n_known + n_new} tokens are too many: the tower has {self.n_ctx} positions")
+        if position_ids is None:
+            position_ids = torch.arange(n_known, n_known + n_new, device=self.pos.weight.device)[None]
+        return self.pos(position_ids)

@@ -1,0 +1,53 @@
+"""Which query may read which key. Axes: b batch, q query, k key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mask:
+    """``keep[b, 0, q, k]`` says whether query q may read key k."""
+
+    keep: Bool[Tensor, "b 1 q k"]
+    dtype: torch.dtype
+
+    @cached_property
+    def bias(self) -> Float[Tensor, "b 1 q k"]:
+        """What is added to the scores: 0, or the dtype's most negative number (HF's choice, not minus infinity)."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.keep.device)
+        return torch.where(self.keep, zero, torch.finfo(self.dtype).min)
+
+
+def bidirectional_mask(
+    attention_mask: Int[Tensor, "b k"] | Bool[Tensor, "b k"] | None, n_queries: int, dtype: torch.dtype
+) -> Mask | None:
+    """Every query reads every key that is not padding; None when nothing is masked."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    keep = attention_mask.bool()[:, None, None, :].expand(-1, 1, n_queries, -1)
+    return Mask(keep, dtype)
+
+
+def causal_mask(
+    attention_mask: Int[Tensor, "b k"] | Bool[Tensor, "b k"] | None,
+    n_queries: int,
+    n_known: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Mask | None:
+    """Query i, at position ``n_known + i``, reads the keys up to its own; None when nothing is masked."""
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if n_queries == 1 and not padded:
+        return None
+    positions = torch.arange(n_known + n_queries, device=device)
+    keep = (positions[None, :] <= positions[n_known:, None])[None, None]
+    if padded:
+        assert attention_mask is not None
+        keep = keep & attention_mask.bool()[:, None, None, :]
+    return Mask(keep, dtype)

@@ -1,0 +1,241 @@
+"""From a checkpoint, a hub id or an HF model in memory to a hooked model, and back to a folder that HF loads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_vlm import toys
+from hooked_vlm.config import BlipConfig
+from hooked_vlm.files import whole_folder
+from hooked_vlm.models import MODELS, HookedVLM
+from weights_conversion import CheckpointError, Rules, family_of_config, family_of_state, open_checkpoint
+
+PROCESSOR_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+SAFETENSORS_FILES = ["*.safetensors", "*.safetensors.index.json"]
+TORCH_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def load_pretrained(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    processor: Any = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **choices: Any,
+) -> HookedVLM:
+    """What :meth:`HookedVLM.from_pretrained` does; ``choices`` are its model options."""
+    path = resolve(name_or_path, revision, token, cache_dir, local_files_only)
+    checkpoint = open_checkpoint(path)
+    family = family_of_config(checkpoint.config) if checkpoint.config else family_of_state(checkpoint.state)
+    if not checkpoint.config:
+        choices["variant"] = choices.get("variant") or "original"
+    config = family.config(checkpoint.config, checkpoint.state)
+    config = replace(
+        _chosen(config, **choices),
+        # An embedded name is the same everywhere; the folder that it stands for is not.
+        name_or_path=str(name_or_path),
+        revision=revision or (path.name if path.parent.name == "snapshots" else ""),
+    )
+    dtype = dtype or _written_dtype(checkpoint.config)
+    model = _build(config, checkpoint.state, family.rules(config), source=str(path), dtype=dtype, device=device)
+    model._processor = processor or (path if path.is_dir() else None)
+    return model
+
+
+def load_hf_model(hf_model: nn.Module, *, processor: Any = None, **choices: Any) -> HookedVLM:
+    """What :meth:`HookedVLM.from_hf` does."""
+    hf_config = {**hf_model.config.to_dict(), "architectures": [type(hf_model).__name__]}  # type: ignore[operator]
+    family = family_of_config(hf_config)
+    state = hf_model.state_dict(keep_vars=True)
+    config = _chosen(family.config(hf_config, state), **choices)
+    config = replace(config, name_or_path=str(getattr(hf_model, "name_or_path", "")))
+    model = _build(config, state, family.rules(config), source=f"the {type(hf_model).__name__} given")
+    model._processor = processor
+    return model
+
+
+def save_hf(model: HookedVLM, folder: Path) -> None:
+    """What :meth:`HookedVLM.save_hf` does."""
+    from huggingface_hub import save_torch_state_dict
+
+    # HF's names, whichever layout was read.
+    rules = family_of_config(model.config.hf_config).rules(model.config)
+    state = {}
+    for name, parameter in model.named_parameters():
+        key = rules.key(name)
+        assert key is not None, f"no rule writes {name}"
+        state[key] = parameter.detach()
+    written = {**model.config.hf_config, "dtype": str(model.dtype).removeprefix("torch.")}
+    written.pop("torch_dtype", None)
+    with whole_folder(folder) as temporary:
+        save_torch_state_dict(state, temporary)
+        (temporary / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+        if model._processor is not None:
+            model.processor.save_pretrained(temporary)
+
+
+def resolve(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder or file behind an embedded name, a path, or a hub id (fetched unless it is in the cache).
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    name = str(name_or_path)
+    if name in toys.names():
+        return toys.folder(name)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    if isinstance(name_or_path, Path) or not re.fullmatch(r"[\w\-.]+/[\w\-.]+", name) or name.startswith("."):
+        raise FileNotFoundError(
+            f"{name} is no embedded model ({', '.join(toys.names())}), no folder or file here, and no hub id (owner/name)"
+        )
+    return _fetch(name, revision, token, cache_dir, local_files_only)
+
+
+def _fetch(
+    repository: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
+        )
+
+    try:
+        folder = fetch(PROCESSOR_FILES + SAFETENSORS_FILES)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch(PROCESSOR_FILES + TORCH_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repository} is no embedded model ({', '.join(toys.names())}) and no folder here, "
+            f"and the hub does not give it: {reason}"
+        ) from error
+    return folder
+
+
+def _chosen(
+    config: BlipConfig,
+    *,
+    attention: str | None = None,
+    cross_attention_padding: str = "mask",
+    variant: str | None = None,
+) -> BlipConfig:
+    """The config with the user's choices. HF computes BLIP's attention eagerly, so that is the default."""
+    allowed = {
+        "attention": (attention or "eager", ("eager", "sdpa")),
+        "cross_attention_padding": (cross_attention_padding, ("mask", "hf")),
+        "variant": (variant or "hf", ("hf", "original")),
+    }
+    for name, (value, values) in allowed.items():
+        if value not in values:
+            raise ValueError(f"{name} must be one of {values}, not {value!r}")
+    chosen = {name: value for name, (value, _) in allowed.items()}
+    if chosen["variant"] == "original":
+        chosen |= {"vision": replace(config.vision, eps=1e-6), "label_smoothing": 0.1}  # type: ignore[dict-item]
+    return replace(config, **chosen)
+
+
+def _written_dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
+    name = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return getattr(torch, name) if isinstance(name, str) else None
+
+
+def _build(
+    config: BlipConfig,
+    state: Mapping[str, Tensor],
+    rules: Rules,
+    *,
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> HookedVLM:
+    """The model on no device, then each tensor of ``state`` in its parameter's place."""
+    with torch.device("meta"):
+        model = MODELS[config.task](config)
+    keys = _matched_keys(model, state, rules, source)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, key in keys.items():
+        tensor = state[key]
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{key} in {source} is {tensor.dtype}, not a floating-point tensor")
+        tensor = tensor.to(device=device, dtype=dtype)
+        parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
+    for name, first in _first_names(model).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameters[first])
+    return model.eval()
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter name to the first name of the same parameter: tied parameters have several."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _matched_keys(model: HookedVLM, state: Mapping[str, Tensor], rules: Rules, source: str) -> dict[str, str]:
+    """For each parameter, the key that holds it.
+
+    Raises:
+        CheckpointError: keys that are missing, unexpected or misshapen, all of them.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    first = _first_names(model)
+    keys: dict[str, str] = {}
+    unexpected = []
+    # Where several keys hold one parameter, the earliest of the table's rules wins.
+    for key in sorted(state, key=rules.rank, reverse=True):
+        name = rules.parameter(key)
+        if name in first:
+            keys[first[name]] = key
+        elif not rules.ignores(key):
+            unexpected.append(key)
+    missing = [rules.key(name) or name for name in shapes if name not in keys]
+    misshapen = [
+        f"{key}: {tuple(state[key].shape)}, should be {shapes[name]}"
+        for name, key in keys.items()
+        if tuple(state[key].shape) != shapes[name]
+    ]
+    problems = [
+        f"{len(found)} {what}: {'; '.join(found[:8])}{'; ...' if len(found) > 8 else ''}"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}. Keys {'. '.join(problems)}")
+    return keys

@@ -1,0 +1,215 @@
+"""What every hooked vision-language model can do: load, prepare inputs, run with hooks or a cache, patch, generate."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_vlm.components import Attention
+from hooked_vlm.config import AttentionImplementation, BlipConfig
+from hooked_vlm.generation import Decoding, beam_search
+from hooked_vlm.hooks import HookedModule
+from hooked_vlm.inputs import VLMInputs
+
+if TYPE_CHECKING:
+    from hooked_vlm.edits import Edit
+
+
+class HookedVLM(HookedModule):
+    """A vision-language model with a hook point on everything. Load one with :meth:`from_pretrained`."""
+
+    config: BlipConfig
+    towers: ClassVar[tuple[str, ...]]
+    """The towers' names, in forward order."""
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._processor: Any = None
+
+    # Loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        attention: AttentionImplementation | None = None,
+        cross_attention_padding: Literal["mask", "hf"] = "mask",
+        variant: Literal["hf", "original"] | None = None,
+        processor: Any = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> HookedVLM:
+        """A model from an embedded name (``"toy-blip-vqa"``), a local folder in HF format, a research ``.pth`` file,
+        or a hub id.
+
+        Tensors are memory-mapped, and become the parameters without a copy unless ``dtype`` or ``device`` asks for
+        one.
+
+        Args:
+            dtype: by default what ``config.json`` says, as HF does; then what the file holds.
+            attention: ``"eager"`` or ``"sdpa"``; by default what HF uses for this model.
+            cross_attention_padding: ``"mask"`` (a padded row gives what it gives alone) or ``"hf"``.
+            variant: ``"hf"`` or ``"original"``, see :class:`~hooked_vlm.config.BlipConfig`; by default
+                ``"original"`` for research files and ``"hf"`` otherwise.
+            processor: an HF processor, or where to load one from; by default the checkpoint's own.
+            revision, token, cache_dir, local_files_only: as in HF, for hub ids.
+
+        Raises:
+            FileNotFoundError: no such embedded model, folder, file or hub repository.
+            CheckpointError: unsupported model type; missing, unexpected or misshapen keys; unreadable files.
+        """
+        from hooked_vlm.loading import load_pretrained
+
+        model = load_pretrained(
+            name_or_path,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            cross_attention_padding=cross_attention_padding,
+            variant=variant,
+            processor=processor,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        if not isinstance(model, cls):
+            raise TypeError(f"{name_or_path} is a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    @classmethod
+    def from_hf(
+        cls,
+        hf_model: nn.Module,
+        *,
+        attention: AttentionImplementation | None = None,
+        cross_attention_padding: Literal["mask", "hf"] = "mask",
+        variant: Literal["hf", "original"] = "hf",
+        processor: Any = None,
+    ) -> HookedVLM:
+        """A model over an HF model in memory; the two share every parameter. :meth:`save_hf` writes it back."""
+        from hooked_vlm.loading import load_hf_model
+
+        return load_hf_model(
+            hf_model,
+            attention=attention,
+            cross_attention_padding=cross_attention_padding,
+            variant=variant,
+            processor=processor,
+        )
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Write a folder that HF's ``from_pretrained`` loads to identical logits; the processor too, if one is loaded.
+
+        The folder appears whole or not at all.
+        """
+        from hooked_vlm.loading import save_hf
+
+        save_hf(self, Path(folder))
+
+    @property
+    def processor(self) -> Any:
+        """The checkpoint's HF processor, loaded when first asked for."""
+        if self._processor is None or isinstance(self._processor, (str, Path)):
+            from hooked_vlm.processing import load_processor
+
+            self._processor = load_processor(self._processor or self.config.name_or_path)
+        return self._processor
+
+    @property
+    def attention(self) -> AttentionImplementation:
+        """How attention is computed; assign ``"eager"`` or ``"sdpa"`` to change it in every layer."""
+        return next(module.implementation for module in self.modules() if isinstance(module, Attention))
+
+    @attention.setter
+    def attention(self, implementation: AttentionImplementation) -> None:
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(f"attention must be 'eager' or 'sdpa', not {implementation!r}")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.implementation = implementation
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    # Running ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def forward(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b p d_vocab"]:
+        """Logits ``[b p d_vocab]``."""
+
+    @abstractmethod
+    def prepare(self, images: Any, texts: str | Sequence[str] | None = None) -> VLMInputs:
+        """Inputs from pictures and texts, through the checkpoint's own processor."""
+
+    def _inputs(self, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:
+        return VLMInputs.of(inputs).to(self.device)
+
+    def patch(self, inputs: VLMInputs | Mapping[str, Any], edits: Sequence[Edit]) -> Float[Tensor, "b p d_vocab"]:
+        """The logits of a run in which ``edits`` apply together.
+
+        Raises:
+            EditError, HookError: an edit that does not fit its site, its source or these inputs.
+        """
+        from hooked_vlm.edits import edit_hooks
+
+        inputs = self._inputs(inputs)
+        return self.run_with_hooks(inputs, fwd_hooks=edit_hooks(self, inputs, edits))
+
+    @abstractmethod
+    def _start_decoding(self, inputs: VLMInputs) -> tuple[Decoding, Int[Tensor, "b prompt"]]:
+        """A running generation, and the prompt that it starts with."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: VLMInputs | Mapping[str, Any],
+        *,
+        max_new_tokens: int = 20,
+        min_new_tokens: int = 0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        return_type: Literal["str", "tokens"] = "str",
+    ) -> list[str] | Int[Tensor, "b length"]:
+        """Greedy or beam search with a key-value cache; hooks are active at every step, on the new positions.
+
+        Returns:
+            One text a row, or with ``return_type="tokens"`` the token ids, prompt included, as HF returns them.
+        """
+        if return_type not in ("str", "tokens"):
+            raise ValueError(f"return_type must be 'str' or 'tokens', not {return_type!r}")
+        decoding, prompt = self._start_decoding(self._inputs(inputs))
+        tokens = beam_search(
+            decoding,
+            prompt,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            eos_token_ids=[self.config.eos_token_id],
+            pad_token_id=self.config.pad_token_id,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        return tokens if return_type == "tokens" else self.decode(tokens)
+
+    def decode(self, tokens: Int[Tensor, "b p"]) -> list[str]:
+        """Texts of token ids, without special tokens."""
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]

@@ -1,0 +1,66 @@
+"""A tower: blocks that one residual stream runs through.
+
+There is one forward behind everything: run these blocks from one layer on, for some new positions, over the keys and
+values already known for the rest. Axes: b batch, p new positions, k the other tower's positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_vlm.components import LayerKnown, Mask, build_block
+from hooked_vlm.config import AttentionImplementation, TowerConfig
+from hooked_vlm.hooks import HookPoint
+
+
+@dataclass
+class Known:
+    """Keys and values of every layer of a tower, for the positions it has seen."""
+
+    layers: list[LayerKnown]
+
+    def __len__(self) -> int:
+        return len(self.layers[0].attn)
+
+    def reorder(self, rows: Int[Tensor, " b"]) -> None:
+        for layer in self.layers:
+            layer.reorder(rows)
+
+
+class Tower(nn.Module):
+    """The blocks, and how a stream runs through them. Sub-classes embed before and read out after."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def _build_blocks(self, attention: AttentionImplementation) -> None:
+        self.blocks = nn.ModuleList(build_block(self.config, attention) for _ in range(self.config.n_layers))
+
+    def run_blocks(
+        self,
+        resid: Float[Tensor, "b p d_model"],
+        *,
+        start: int = 0,
+        mask: Mask | None = None,
+        known: Known | None = None,
+        other: Float[Tensor, "b k d_other"] | None = None,
+        other_mask: Mask | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        """The stream after the last block, from what block ``start`` reads."""
+        for layer in range(start, len(self.blocks)):
+            layer_known = None if known is None else known.layers[layer]
+            resid = self.blocks[layer](resid, mask=mask, known=layer_known, other=other, other_mask=other_mask)
+        return resid
+
+    def new_known(self) -> Known:
+        """An empty store of keys and values, to generate with."""
+        return Known([LayerKnown() for _ in self.blocks])
+
+
+def shown(point: HookPoint, activation: Float[Tensor, "1_or_b p d_model"], batch: int) -> Tensor:
+    """An activation that all rows share; each row gets its own when someone looks."""
+    return point(activation.expand(batch, -1, -1).clone()) if point.is_hooked else activation

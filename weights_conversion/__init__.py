@@ -1,0 +1,10 @@
+"""Checkpoints to parameters and back: one table a checkpoint family, a streaming reader, an exporter.
+
+Knows configs and parameter names, never forward code.
+"""
+
+from weights_conversion.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from weights_conversion.families import family_of_config, family_of_state
+from weights_conversion.rules import Rules
+
+__all__ = ["Checkpoint", "CheckpointError", "Rules", "family_of_config", "family_of_state", "open_checkpoint"]

@@ -1,0 +1,121 @@
+"""Reading checkpoint files: memory-mapped, shard by shard, never unpickling code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+FILE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be what was asked for; the message says what is wrong and what would be right."""
+
+
+class SafetensorsState(Mapping[str, Tensor]):
+    """Tensors of one or several safetensors files, mapped into memory as they are asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """``files``: for each key, the file that holds it."""
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        path = self._files[key]
+        if path not in self._open:
+            self._open[path] = _open_safetensors(path)
+        return self._open[path].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's configuration (empty for a bare file), and its tensors by key."""
+
+    path: Path
+    config: dict[str, Any]
+    state: Mapping[str, Tensor]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A folder in HF format (``config.json``, safetensors or ``.bin``, single or sharded), or one ``.pth`` file.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        CheckpointError: no weights, a missing shard, a truncated or unreadable file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_file():
+        if path.suffix not in FILE_SUFFIXES:
+            raise CheckpointError(f"{path} is neither a folder with config.json nor a {'/'.join(FILE_SUFFIXES)} file")
+        return Checkpoint(path, {}, _torch_state(path))
+    return Checkpoint(path, _read_json(path / "config.json"), _folder_state(path))
+
+
+def _folder_state(folder: Path) -> Mapping[str, Tensor]:
+    if (folder / SAFETENSORS_INDEX).exists():
+        return SafetensorsState(_shards(folder, SAFETENSORS_INDEX))
+    if (folder / SAFETENSORS).exists():
+        path = folder / SAFETENSORS
+        return SafetensorsState(dict.fromkeys(_open_safetensors(path).keys(), path))
+    if (folder / TORCH_INDEX).exists():
+        shards = sorted(set(_shards(folder, TORCH_INDEX).values()))
+        return {key: tensor for shard in shards for key, tensor in _torch_state(shard).items()}
+    if (folder / TORCH).exists():
+        return _torch_state(folder / TORCH)
+    expected = ", ".join((SAFETENSORS, SAFETENSORS_INDEX, TORCH, TORCH_INDEX))
+    raise CheckpointError(f"no weights in {folder}: expected one of {expected}")
+
+
+def _shards(folder: Path, index: str) -> dict[str, Path]:
+    weight_map = _read_json(folder / index).get("weight_map", {})
+    missing = sorted({name for name in weight_map.values() if not (folder / name).exists()})
+    if missing:
+        raise CheckpointError(f"{folder / index} names shards that are not in the folder: {', '.join(missing)}")
+    return {key: folder / name for key, name in weight_map.items()}
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+
+
+def _torch_state(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}") from error
+    # Research checkpoints keep their weights beside the optimiser's state.
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} holds no dictionary of tensors")
+    return dict(state)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
