@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,32 +14,72 @@ from pathlib import Path
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it takes ``path``'s place when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes files private; what we write should be as readable as any other file.
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
+    with _present(path.parent):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _make_readable(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill; its files move into ``folder`` when the block ends without an error."""
+def whole_folder(folder: str | Path, *, replacing: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes ``folder`` when the block ends without an error.
+
+    Where ``folder`` exists, the files move into it, and those there that match a pattern of ``replacing`` go.
+    """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
+    # Inside an existing folder: that is where we may write, and it may be a disk of its own.
+    room = folder if folder.exists() else folder.parent
+    with _present(room):
+        temporary = Path(tempfile.mkdtemp(dir=room, prefix=f".{folder.name}-"))
+        try:
+            yield temporary
+            for path in (temporary, *temporary.rglob("*")):
+                _make_readable(path)
+            if room == folder:
+                _move_files(temporary, folder, replacing)
+            else:
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path, replacing: Iterable[str]) -> None:
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    stale = {path.relative_to(target) for pattern in replacing for path in target.glob(pattern)} - set(files)
+    for file in sorted(files):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
+    for file in stale:
+        (target / file).unlink()
+
+
+@contextmanager
+def _present(folder: Path) -> Iterator[None]:
+    """``folder`` is there, made where it was missing, and unmade when the block fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _make_readable(path: Path) -> None:
+    # Temporary files are made private; what we write should be as readable as any other file.
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 def _umask() -> int:

@@ -11,6 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+TENSORS = (
+    "pixel_values",
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "token_type_ids",
+)
+"""The entries of :class:`VLMInputs` that are tensors, one row a sample."""
+
 
 class SpanError(ValueError):
     """A span that a text does not have, or has more than once."""
@@ -38,14 +48,15 @@ class TextPiece:
     offsets: tuple[tuple[int, int] | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VLMInputs:
     """One batch for a model: HF's tensors, with token strings and named spans where :meth:`HookedVLM.prepare` made it.
 
     ``VLMInputs(**hf_batch)`` takes what any HF processor returns.
 
     Raises:
-        ValueError: pixel values that are not finite; row counts that differ.
+        ValueError: pixel values that are not finite; row counts that differ; a mask of another shape than its ids.
+        TypeError: something else than tensors; whole-number pixels or fractional ids.
     """
 
     pixel_values: Float[Tensor, "..."] | None = None
@@ -65,12 +76,32 @@ class VLMInputs:
     """The tower that reads ``input_ids``."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         sizes = {name: len(tensor) for name, tensor in self.tensors().items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"inputs have different numbers of rows: {sizes}")
         if self.pixel_values is not None and not bool(torch.isfinite(self.pixel_values).all()):
             bad = int((~torch.isfinite(self.pixel_values)).sum())
             raise ValueError(f"pixel_values hold {bad} values that are NaN or infinite")
+
+    def _check_types(self) -> None:
+        for name in TENSORS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}, not a tensor; HF processors take return_tensors='pt'"
+                )
+            if name != "pixel_values" and value.ndim != 2:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be [b p]")
+            if value.is_floating_point() != (name == "pixel_values"):
+                wanted = "floats, normalised as the processor does" if name == "pixel_values" else "whole numbers"
+                raise TypeError(f"{name} is {value.dtype}; it should hold {wanted}")
+        for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            shapes = [tuple(getattr(self, name).shape) for name in (ids, mask) if getattr(self, name) is not None]
+            if len(set(shapes)) > 1:
+                raise ValueError(f"{mask} has shape {shapes[1]}, and {ids} has {shapes[0]}")
 
     @classmethod
     def of(cls, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:
@@ -85,8 +116,7 @@ class VLMInputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by HF's name."""
-        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+        return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
 
     def __len__(self) -> int:
         """Rows in the batch."""
@@ -96,7 +126,10 @@ class VLMInputs:
         return (self.rows([row]) for row in range(len(self)))
 
     def to(self, device: torch.device | str) -> VLMInputs:
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """The same on a device; itself where it is there already."""
+        tensors = self.tensors()
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return self if all(moved[name] is tensors[name] for name in moved) else replace(self, **moved)
 
     def rows(self, rows: Sequence[int]) -> VLMInputs:
         """A batch of some rows, in the order given; a row may be given several times."""
@@ -144,8 +177,7 @@ class VLMInputs:
 
 
 def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, ...]:
-    pattern = rf"(?<!\w){re.escape(wanted.strip())}(?!\w)"
-    matches = list(re.finditer(pattern, piece.text, flags=re.IGNORECASE)) if wanted.strip() else []
+    matches = list(re.finditer(_pattern(wanted), piece.text, flags=re.IGNORECASE)) if wanted.strip() else []
     if not matches:
         raise SpanError(f"{wanted!r} does not occur in {piece.text!r}")
     if occurrence is None and len(matches) > 1:
@@ -162,3 +194,11 @@ def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, .
         for position, offset in enumerate(piece.offsets)
         if offset is not None and offset[0] < end and offset[1] > start
     )
+
+
+def _pattern(wanted: str) -> str:
+    """Whole words, with any space between them. A word ends where no letter follows, punctuation where it does."""
+    words = wanted.split()
+    before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
+    after = r"(?!\w)" if re.search(r"\w$", words[-1]) else ""
+    return before + r"\s+".join(map(re.escape, words)) + after

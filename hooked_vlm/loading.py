@@ -16,7 +16,15 @@ from hooked_vlm import toys
 from hooked_vlm.config import BlipConfig
 from hooked_vlm.files import whole_folder
 from hooked_vlm.models import MODELS, HookedVLM
-from weights_conversion import CheckpointError, Rules, family_of_config, family_of_state, open_checkpoint
+from hooked_vlm.processing import has_processor
+from weights_conversion import (
+    Checkpoint,
+    CheckpointError,
+    Rules,
+    family_of_config,
+    family_of_state,
+    open_checkpoint,
+)
 
 PROCESSOR_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 SAFETENSORS_FILES = ["*.safetensors", "*.safetensors.index.json"]
@@ -41,26 +49,35 @@ def load_pretrained(
     family = family_of_config(checkpoint.config) if checkpoint.config else family_of_state(checkpoint.state)
     if not checkpoint.config:
         choices["variant"] = choices.get("variant") or "original"
-    config = family.config(checkpoint.config, checkpoint.state)
+    config = _chosen(family.config(checkpoint.config, checkpoint.state), **choices)
     config = replace(
-        _chosen(config, **choices),
+        config,
         # An embedded name is the same everywhere; the folder that it stands for is not.
         name_or_path=str(name_or_path),
-        revision=revision or (path.name if path.parent.name == "snapshots" else ""),
+        # The commit: a branch moves on.
+        revision=path.name if path.parent.name == "snapshots" else "",
     )
-    dtype = dtype or _written_dtype(checkpoint.config)
+    dtype = _checked_dtype(dtype) or _written_dtype(checkpoint)
     model = _build(config, checkpoint.state, family.rules(config), source=str(path), dtype=dtype, device=device)
+    if isinstance(processor, (str, Path)):
+        processor = resolve(processor, None, token, cache_dir, local_files_only, weights=False)
     model._processor = processor or (path if path.is_dir() else None)
     return model
 
 
 def load_hf_model(hf_model: nn.Module, *, processor: Any = None, **choices: Any) -> HookedVLM:
     """What :meth:`HookedVLM.from_hf` does."""
+    if not hasattr(hf_model, "config"):
+        raise TypeError(f"{type(hf_model).__name__} is no HF model: it has no config")
     hf_config = {**hf_model.config.to_dict(), "architectures": [type(hf_model).__name__]}  # type: ignore[operator]
     family = family_of_config(hf_config)
     state = hf_model.state_dict(keep_vars=True)
     config = _chosen(family.config(hf_config, state), **choices)
-    config = replace(config, name_or_path=str(getattr(hf_model, "name_or_path", "")))
+    config = replace(
+        config,
+        name_or_path=str(getattr(hf_model, "name_or_path", "")),
+        revision=getattr(hf_model.config, "_commit_hash", None) or "",
+    )
     model = _build(config, state, family.rules(config), source=f"the {type(hf_model).__name__} given")
     model._processor = processor
     return model
@@ -71,18 +88,20 @@ def save_hf(model: HookedVLM, folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     # HF's names, whichever layout was read.
-    rules = family_of_config(model.config.hf_config).rules(model.config)
+    family = family_of_config(model.config.hf_config)
+    rules = family.rules(model.config)
     state = {}
     for name, parameter in model.named_parameters():
         key = rules.key(name)
         assert key is not None, f"no rule writes {name}"
         state[key] = parameter.detach()
-    written = {**model.config.hf_config, "dtype": str(model.dtype).removeprefix("torch.")}
+    written = {**family.hf_config(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
     written.pop("torch_dtype", None)
-    with whole_folder(folder) as temporary:
+    # An older save's shards would be read with, or instead of, the new ones.
+    with whole_folder(folder, replacing=["model*.safetensors", "model.safetensors.index.json"]) as temporary:
         save_torch_state_dict(state, temporary)
         (temporary / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
-        if model._processor is not None:
+        if model._processor is not None and has_processor(model._processor):
             model.processor.save_pretrained(temporary)
 
 
@@ -92,23 +111,28 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    *,
+    weights: bool = True,
 ) -> Path:
     """The folder or file behind an embedded name, a path, or a hub id (fetched unless it is in the cache).
+
+    ``weights=False`` fetches the configuration and the processor alone.
 
     Raises:
         FileNotFoundError: none of these.
     """
     name = str(name_or_path)
-    if name in toys.names():
+    if name_or_path in toys.names():
         return toys.folder(name)
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     if isinstance(name_or_path, Path) or not re.fullmatch(r"[\w\-.]+/[\w\-.]+", name) or name.startswith("."):
         raise FileNotFoundError(
-            f"{name} is no embedded model ({', '.join(toys.names())}), no folder or file here, and no hub id (owner/name)"
+            f"{name!r} is no embedded model ({', '.join(toys.names())}), no folder or file here, "
+            "and no hub id (owner/name)"
         )
-    return _fetch(name, revision, token, cache_dir, local_files_only)
+    return _fetch(name, revision, token, cache_dir, local_files_only, weights)
 
 
 def _fetch(
@@ -117,9 +141,10 @@ def _fetch(
     token: str | bool | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
+    weights: bool,
 ) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: list[str]) -> Path:
         return Path(
@@ -134,14 +159,14 @@ def _fetch(
         )
 
     try:
-        folder = fetch(PROCESSOR_FILES + SAFETENSORS_FILES)
-        if not any(folder.glob("*.safetensors")):
+        folder = fetch(PROCESSOR_FILES + SAFETENSORS_FILES * weights)
+        if weights and not any(folder.glob("*.safetensors")):
             folder = fetch(PROCESSOR_FILES + TORCH_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
-            f"{repository} is no embedded model ({', '.join(toys.names())}) and no folder here, "
-            f"and the hub does not give it: {reason}"
+            f"{repository} is no embedded model ({', '.join(toys.names())}) and no folder here, and the hub does not "
+            f"give it{f' at revision {revision}' if revision else ''}: {reason}"
         ) from error
     return folder
 
@@ -157,7 +182,7 @@ def _chosen(
     allowed = {
         "attention": (attention or "eager", ("eager", "sdpa")),
         "cross_attention_padding": (cross_attention_padding, ("mask", "hf")),
-        "variant": (variant or "hf", ("hf", "original")),
+        "variant": (variant or config.variant, ("hf", "original")),
     }
     for name, (value, values) in allowed.items():
         if value not in values:
@@ -168,9 +193,18 @@ def _chosen(
     return replace(config, **chosen)
 
 
-def _written_dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
-    name = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    return getattr(torch, name) if isinstance(name, str) else None
+def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, such as torch.float32, not {dtype!r}")
+    return dtype
+
+
+def _written_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """What ``config.json`` says; else, as HF does, the dtype of the first floating-point tensor."""
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(name, str):
+        return getattr(torch, name)
+    return next((tensor.dtype for tensor in checkpoint.state.values() if tensor.is_floating_point()), None)
 
 
 def _build(

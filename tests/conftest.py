@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+import tests.typechecker  # noqa: F401  jaxtyping, which takes it by name, imports no more than `tests`
+
 # Before the packages are imported: every signature of theirs is checked at each call, the shapes with them.
 jaxtyping.install_import_hook(["hooked_vlm", "weights_conversion"], "tests.typechecker.typechecker")
 

@@ -4,7 +4,18 @@ Knows configs and parameter names, never forward code.
 """
 
 from weights_conversion.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from weights_conversion.families import family_of_config, family_of_state
+from weights_conversion.counterparts import Counterpart, Counterparts
+from weights_conversion.families import counterparts_of_config, family_of_config, family_of_state
 from weights_conversion.rules import Rules
 
-__all__ = ["Checkpoint", "CheckpointError", "Rules", "family_of_config", "family_of_state", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Counterpart",
+    "Counterparts",
+    "Rules",
+    "counterparts_of_config",
+    "family_of_config",
+    "family_of_state",
+    "open_checkpoint",
+]

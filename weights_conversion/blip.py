@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_vlm.config import BertConfig, BlipConfig, BlipTask, ViTConfig
 from weights_conversion.checkpoint import CheckpointError
@@ -17,6 +18,9 @@ TASKS: dict[str, BlipTask] = {
     "BlipForImageTextRetrieval": "retrieval",
 }
 """HF's class for each task."""
+
+VARIANT = "hooked_vlm_variant"
+"""Where a ``config.json`` that we write keeps ``BlipConfig.variant``; HF has no word for it."""
 
 HF_VISION = Rules(
     ("vision_model.embeddings.class_embedding", "vision_encoder.embed.cls"),
@@ -43,8 +47,10 @@ RESEARCH_VISION = Rules(
     ("visual_encoder.blocks.{l}.mlp.fc2.*", "vision_encoder.blocks.{l}.mlp.down.*"),
     ("visual_encoder.norm.*", "vision_encoder.ln_post.*"),
     # Momentum copies and queues of pre-training and retrieval.
-    ignored=("visual_encoder_m.*", "text_encoder_m.*", "vision_proj_m.*", "text_proj_m.*", "temp")
-    + ("image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr"),
+    ignored=(
+        *("visual_encoder_m.*", "text_encoder_m.*", "vision_proj_m.*", "text_proj_m.*"),
+        *("image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr", "temp"),
+    ),
 )
 
 
@@ -84,6 +90,7 @@ def head_rules(prefix: str, tower: str) -> Rules:
 
 
 def decoder_rules(tower: str) -> Rules:
+    """A BERT tower with its head."""
     return text_rules("text_decoder.bert.", tower) + head_rules("text_decoder.cls.predictions.", tower)
 
 
@@ -102,15 +109,11 @@ class HFBlip:
         return HF_VISION + TEXT[config.task]
 
     def config(self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipConfig:
-        # transformers fills in what a config.json leaves out; only it knows its defaults.
-        from transformers import BlipConfig as HFConfig
-
-        full = HFConfig.from_dict(dict(hf_config))
+        task = _task(hf_config, state)
+        full = _full_config(hf_config)
         vision, text = full.vision_config, full.text_config
-        if not text.is_decoder:
-            raise CheckpointError("text_config.is_decoder is false: such a BLIP has no cross-attention")
         return BlipConfig(
-            task=_task(hf_config, state),
+            task=task,
             vision=ViTConfig(
                 d_model=vision.hidden_size,
                 n_layers=vision.num_hidden_layers,
@@ -137,7 +140,7 @@ class HFBlip:
                 d_cross=text.encoder_hidden_size,
                 d_vocab=text.vocab_size,
                 n_ctx=text.max_position_embeddings,
-                ties_embeddings=_ties(state),
+                ties_embeddings=(full.tie_word_embeddings or text.tie_word_embeddings) and _may_tie(state),
             ),
             d_projection=full.image_text_hidden_size,
             bos_token_id=text.bos_token_id,
@@ -145,12 +148,22 @@ class HFBlip:
             pad_token_id=text.pad_token_id,
             # The research code appends [DEC] and then [ENC] to BERT's vocabulary.
             enc_token_id=text.bos_token_id + 1,
+            variant=hf_config.get(VARIANT, "hf"),
             label_smoothing=text.label_smoothing,
             hf_config=dict(hf_config),
         )
 
+    def hf_config(self, config: BlipConfig) -> dict[str, Any]:
+        """The ``config.json`` of a model: as it was read, with what was chosen since."""
+        read = config.hf_config
+        vision = {**(read.get("vision_config") or {}), "layer_norm_eps": config.vision.eps}
+        text = {**(read.get("text_config") or {}), "label_smoothing": config.label_smoothing}
+        kept = {name: value for name, value in read.items() if name != VARIANT}
+        chosen = {} if config.variant == "hf" else {VARIANT: config.variant}
+        return {**kept, "vision_config": vision, "text_config": text, **chosen}
 
-class ResearchBlip:
+
+class ResearchBlip(HFBlip):
     """The research code's ``.pth``: no config, so sizes come from shapes, and the rest is what that code fixes."""
 
     def rules(self, config: BlipConfig) -> Rules:
@@ -159,6 +172,15 @@ class ResearchBlip:
     def config(self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipConfig:
         task = _task({}, state)
         prefix = "text_decoder.bert." if task == "caption" else "text_encoder."
+        _require(
+            state,
+            "visual_encoder.patch_embed.proj.weight",
+            "visual_encoder.pos_embed",
+            "visual_encoder.blocks.0.mlp.fc1.weight",
+            f"{prefix}embeddings.word_embeddings.weight",
+            f"{prefix}embeddings.position_embeddings.weight",
+            f"{prefix}encoder.layer.0.intermediate.dense.weight",
+        )
         patch = state["visual_encoder.patch_embed.proj.weight"]
         words = state[f"{prefix}embeddings.word_embeddings.weight"]
         grid = round((state["visual_encoder.pos_embed"].shape[1] - 1) ** 0.5)
@@ -169,7 +191,6 @@ class ResearchBlip:
             "num_attention_heads": patch.shape[0] // 64,
             "image_size": grid * patch.shape[-1],
             "patch_size": patch.shape[-1],
-            "layer_norm_eps": 1e-6,
         }
         text_config = {
             "hidden_size": words.shape[1],
@@ -189,7 +210,7 @@ class ResearchBlip:
         }
         if "vision_proj.weight" in state:
             written["image_text_hidden_size"] = state["vision_proj.weight"].shape[0]
-        return HFBlip().config(written, state)
+        return super().config(written, state)
 
 
 def _task(hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipTask:
@@ -203,12 +224,54 @@ def _task(hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipTask
     return "vqa" if any(key.startswith("text_encoder.") for key in state) else "caption"
 
 
-def _ties(state: Mapping[str, Tensor]) -> bool:
-    """HF's rule: the head shares the embeddings unless the checkpoint holds both and they differ."""
+def _full_config(hf_config: Mapping[str, Any]) -> Any:
+    """HF's config object, with the sizes in it checked."""
+    # transformers fills in what a config.json leaves out; only it knows its defaults.
+    from transformers import BlipConfig as HFConfig
+
+    try:
+        full = HFConfig.from_dict(dict(hf_config))
+    except Exception as error:  # of several kinds, some of them transformers' own
+        raise CheckpointError(f"config.json is not one of a BLIP model: {error}") from error
+    vision, text = full.vision_config, full.text_config
+    for name, part in (("vision_config", vision), ("text_config", text)):
+        heads, width = part.num_attention_heads, part.hidden_size
+        if min(heads, width, part.num_hidden_layers, part.intermediate_size) < 1 or width % heads:
+            raise CheckpointError(f"{name} does not fit together: hidden_size {width}, num_attention_heads {heads}")
+    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
+        raise CheckpointError(
+            f"only square images and patches are supported, not image_size {vision.image_size} and patch_size "
+            f"{vision.patch_size}"
+        )
+    if not text.is_decoder:
+        raise CheckpointError("text_config.is_decoder is false: such a BLIP has no cross-attention")
+    for name in ("bos_token_id", "sep_token_id", "pad_token_id"):
+        if not isinstance(getattr(text, name), int):
+            raise CheckpointError(f"text_config.{name} is {getattr(text, name)!r}, not a token id")
+    return full
+
+
+def _may_tie(state: Mapping[str, Tensor]) -> bool:
+    """HF's rule: the head shares the embeddings, unless the checkpoint holds both and they differ.
+
+    In a model in memory (parameters) they share only if they are one.
+    """
     words, head = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"
     if words not in state or head not in state:
         return True
-    return state[words] is state[head] or bool(state[words].equal(state[head]))
+    embedding, unembedding = state[words], state[head]
+    if embedding is unembedding or isinstance(embedding, nn.Parameter):
+        return embedding is unembedding
+    if embedding.equal(unembedding):
+        return True
+    warnings.warn(f"{head} differs from {words}, so the two are not tied", stacklevel=5)
+    return False
+
+
+def _require(state: Mapping[str, Tensor], *keys: str) -> None:
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise CheckpointError(f"a checkpoint in BLIP's research layout needs {', '.join(missing)}")
 
 
 def _count_layers(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hooked_vlm.config import BlipConfig
 from weights_conversion.blip import BLIP, BLIP_RESEARCH
+from weights_conversion.blip_counterparts import BLIP_COUNTERPARTS
 from weights_conversion.checkpoint import CheckpointError
+from weights_conversion.counterparts import Counterparts
 from weights_conversion.rules import Rules
 
 
+@runtime_checkable
 class Family(Protocol):
     """One way of writing a kind of model to disk."""
 
     def config(self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipConfig:
         """The model's config, from ``config.json`` and, where that is silent, from the tensors' shapes."""
+        ...
+
+    def hf_config(self, config: BlipConfig) -> dict[str, Any]:
+        """The ``config.json`` that says what ``config`` says."""
         ...
 
     def rules(self, config: BlipConfig) -> Rules:
@@ -45,3 +52,8 @@ def family_of_state(keys: Iterable[str]) -> Family:
     if any(key.startswith("visual_encoder.") for key in keys):
         return BLIP_RESEARCH
     raise CheckpointError("a checkpoint without config.json must be in BLIP's research layout (visual_encoder.*)")
+
+
+def counterparts_of_config(config: BlipConfig) -> Counterparts:
+    """HF's side of every hook point of a model."""
+    return BLIP_COUNTERPARTS[config.task]

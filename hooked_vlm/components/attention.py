@@ -33,24 +33,24 @@ class Split(NamedTuple):
 class KeyValues:
     """The keys and values of one attention layer that are known already: earlier positions, or another tower's."""
 
-    keys: Float[Tensor, "b k h d_head"] | None = None
-    values: Float[Tensor, "b k h d_head"] | None = None
+    keys: Float[Tensor, "b h k d_head"] | None = None
+    values: Float[Tensor, "b h k d_head"] | None = None
 
     def extend(
-        self, keys: Float[Tensor, "b k h d_head"], values: Float[Tensor, "b k h d_head"]
-    ) -> tuple[Float[Tensor, "b k_all h d_head"], Float[Tensor, "b k_all h d_head"]]:
+        self, keys: Float[Tensor, "b h k d_head"], values: Float[Tensor, "b h k d_head"]
+    ) -> tuple[Float[Tensor, "b h k_all d_head"], Float[Tensor, "b h k_all d_head"]]:
         """Put new positions after the known ones, and return all."""
         if self.keys is not None and self.values is not None:
-            keys, values = torch.cat([self.keys, keys], dim=1), torch.cat([self.values, values], dim=1)
-        self.keys, self.values = keys, values
-        return keys, values
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys.contiguous(), values.contiguous()
+        return self.keys, self.values
 
     def reorder(self, rows: Int[Tensor, " b"]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
     def __len__(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[1]
+        return 0 if self.keys is None else self.keys.shape[2]
 
 
 class Attention(nn.Module):
@@ -69,12 +69,15 @@ class Attention(nn.Module):
         d_other: int | None = None,
         fused_qkv: bool = False,
         scale_by: Literal["multiply", "divide"] = "multiply",
+        packs_keys: bool = False,
         implementation: AttentionImplementation = "eager",
     ) -> None:
         """``d_other``: width of the other tower's states, for cross-attention. ``scale_by``: whether scores are
-        multiplied by ``d_head ** -0.5`` or divided by ``d_head ** 0.5``, which differ in the last bit."""
+        multiplied by ``d_head ** -0.5`` or divided by ``d_head ** 0.5``, which differ in the last bit.
+        ``packs_keys``: whether keys and values are laid out head by head before they are used, as HF's decoders do,
+        which put them through a cache; products over another layout differ in the last bit."""
         super().__init__()
-        self.n_heads, self.d_head, self.scale_by = n_heads, d_head, scale_by
+        self.n_heads, self.d_head, self.scale_by, self.packs_keys = n_heads, d_head, scale_by, packs_keys
         self.implementation: AttentionImplementation = implementation
         self.is_cross = d_other is not None
         self.fused_qkv = fused_qkv
@@ -114,10 +117,8 @@ class Attention(nn.Module):
             q, k, v = self._project(x)
             if any(split):
                 q, k, v = self._project_split((q, k, v), split)
-            q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-            if known is not None:
-                k, v = known.extend(k, v)
-        z = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+            q, (k, v) = self.hook_q(q), self._remember(self.hook_k(k), self.hook_v(v), known)
+        z = self._attend(q.transpose(1, 2), k, v, mask)
         return self._output(self.hook_z(z.transpose(1, 2)))
 
     def _heads(self, projected: Float[Tensor, "b p hd"]) -> Float[Tensor, "b p h d_head"]:
@@ -140,11 +141,20 @@ class Attention(nn.Module):
 
     def _other_keys(
         self, other: Float[Tensor, "b k d_other"], known: KeyValues | None
-    ) -> tuple[Float[Tensor, "b k h d_head"], Float[Tensor, "b k h d_head"]]:
+    ) -> tuple[Float[Tensor, "b h k d_head"], Float[Tensor, "b h k d_head"]]:
         if known is not None and known.keys is not None and known.values is not None:
             return known.keys, known.values
         k, v = self.hook_k(self._heads(self.k(other))), self.hook_v(self._heads(self.v(other)))
-        return (k, v) if known is None else known.extend(k, v)
+        return self._remember(k, v, known)
+
+    def _remember(
+        self, k: Float[Tensor, "b p h d_head"], v: Float[Tensor, "b p h d_head"], known: KeyValues | None
+    ) -> tuple[Float[Tensor, "b h k d_head"], Float[Tensor, "b h k d_head"]]:
+        """All keys and values there are now, head by head."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if known is not None:
+            return known.extend(k, v)
+        return (k.contiguous(), v.contiguous()) if self.packs_keys else (k, v)
 
     def _attend(
         self,

@@ -37,7 +37,11 @@ class Block(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.has_cross_attention = config.d_cross is not None
-        self._attention_options = {"scale_by": config.scale_by, "implementation": implementation}
+        self._attention_options = {
+            "scale_by": config.scale_by,
+            "packs_keys": config.is_causal,
+            "implementation": implementation,
+        }
 
     def _build_attention(self, config: TowerConfig) -> None:
         self.attn = Attention(

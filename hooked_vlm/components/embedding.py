@@ -56,7 +56,7 @@ class TokenEmbedding(nn.Module):
 
     def positions(
         self, n_known: int, n_new: int, position_ids: Int[Tensor, "b p"] | None = None
-    ) -> Float[Tensor, "1_or_b p d_model"]:
+    ) -> Float[Tensor, "_ p d_model"]:
         """Embeddings of the positions that follow the first ``n_known``, or of ``position_ids``."""
         if n_known + n_new > self.n_ctx:
             raise ValueError(f"{n_known + n_new} tokens are too many: the tower has {self.n_ctx} positions")

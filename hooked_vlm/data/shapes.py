@@ -285,12 +285,13 @@ _DRAW = {"color": _draw_color, "shape": _draw_shape, "count": _draw_count, "exis
 def _place(random: np.random.Generator, attributes: Sequence[Attributes]) -> Scene:
     """Give every object a cell of its own, and let position, size and background vary a little."""
     cells = random.permutation(GRID * GRID)[: len(attributes)].tolist()
-    random.shuffle(attributes)
+    shuffled = list(attributes)
+    random.shuffle(shuffled)
     offsets = random.integers(-1, 2, size=(len(attributes), 2)).tolist()
     sizes = random.integers(3, size=len(attributes)).tolist()
     objects = tuple(
         ShapeObject(shape, color, divmod(cell, GRID), (down, right), 5.5 + 0.5 * size)
-        for (color, shape), cell, (down, right), size in zip(attributes, cells, offsets, sizes, strict=True)
+        for (color, shape), cell, (down, right), size in zip(shuffled, cells, offsets, sizes, strict=True)
     )
     shade, tint = int(random.integers(236, 250)), random.integers(-4, 5, size=3).tolist()
     return Scene(objects, (shade + tint[0], shade + tint[1], shade + tint[2]))
@@ -305,7 +306,8 @@ def _semantic_image_pair(
             for word in words:
                 if word == getattr(item, attribute):
                     continue
-                changed = replace(item, **{attribute: word})
+                change: dict[str, Any] = {attribute: word}
+                changed = replace(item, **change)
                 objects = (*scene.objects[:index], changed, *scene.objects[index + 1 :])
                 new_answer = question.answer(objects)
                 if new_answer not in (None, answer):
@@ -324,7 +326,8 @@ def _symmetric_token_replacement(
         if getattr(question, attribute) is None:
             continue
         for word in words:
-            other = replace(question, **{attribute: word})
+            change: dict[str, Any] = {attribute: word}
+            other = replace(question, **change)
             new_answer = other.answer(scene.objects)
             if new_answer not in (None, answer):
                 found.append((new_answer, other))
@@ -337,7 +340,7 @@ def _symmetric_token_replacement(
 
 
 def _pick(random: np.random.Generator, options: Sequence[Option]) -> Option:
-    return options[random.integers(len(options))]
+    return options[int(random.integers(len(options)))]
 
 
 def _pick_answer_first(random: np.random.Generator, found: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

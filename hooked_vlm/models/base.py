@@ -159,6 +159,14 @@ class HookedVLM(HookedModule):
     def prepare(self, images: Any, texts: str | Sequence[str] | None = None) -> VLMInputs:
         """Inputs from pictures and texts, through the checkpoint's own processor."""
 
+    @abstractmethod
+    def reword(self, inputs: VLMInputs, texts: Sequence[str]) -> VLMInputs:
+        """The same pictures with other texts, one a row."""
+
+    @abstractmethod
+    def position_labels(self, inputs: VLMInputs, tower: str) -> list[list[str]]:
+        """What each position of a tower stands for, row by row, for axes; empty strings for padding."""
+
     def _inputs(self, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:
         return VLMInputs.of(inputs).to(self.device)
 
@@ -168,10 +176,15 @@ class HookedVLM(HookedModule):
         Raises:
             EditError, HookError: an edit that does not fit its site, its source or these inputs.
         """
-        from hooked_vlm.edits import edit_hooks
+        from hooked_vlm.edits import EditError, edit_hooks
 
         inputs = self._inputs(inputs)
-        return self.run_with_hooks(inputs, fwd_hooks=edit_hooks(self, inputs, edits))
+        fired: set[str] = set()
+        logits = self.run_with_hooks(inputs, fwd_hooks=edit_hooks(self, inputs, edits, fired))
+        for edit in edits:
+            if not any(name in fired for name, _ in edit.hooks(self, inputs, set())):
+                raise EditError(f"{edit.site} is not passed in this run, so {type(edit).__name__} changed nothing")
+        return logits
 
     @abstractmethod
     def _start_decoding(self, inputs: VLMInputs) -> tuple[Decoding, Int[Tensor, "b prompt"]]:
@@ -209,6 +222,12 @@ class HookedVLM(HookedModule):
             early_stopping=early_stopping,
         )
         return tokens if return_type == "tokens" else self.decode(tokens)
+
+    def token_strings(self, tokens: Int[Tensor, "..."]) -> list[str]:
+        """Each token id as a string, special tokens too."""
+        from hooked_vlm.processing import token_strings
+
+        return token_strings(self.processor.tokenizer, tokens.flatten().tolist())
 
     def decode(self, tokens: Int[Tensor, "b p"]) -> list[str]:
         """Texts of token ids, without special tokens."""

@@ -22,7 +22,7 @@ from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.bert import Bert
 from hooked_vlm.models.tower import Known
 from hooked_vlm.models.vit import ViT
-from hooked_vlm.processing import blip_inputs
+from hooked_vlm.processing import blip_inputs, token_strings, with_texts
 
 
 class RankedAnswers(NamedTuple):
@@ -88,13 +88,44 @@ class HookedBlip(HookedVLM):
             raise ValueError("BLIP needs pixel_values")
         return self.vision_encoder(inputs.pixel_values, interpolate_pos_encoding=inputs.interpolate_pos_encoding)
 
-    def _prepare(
-        self, images: Any, texts: str | Sequence[str] | None, text_tower: str, text_span: str, **options: Any
-    ) -> VLMInputs:
-        inputs = blip_inputs(
-            self.processor, self.config, images, texts, text_tower=text_tower, text_span=text_span, **options
-        )
+    text_places: ClassVar[dict[str, str]]
+    """Which tower reads the text, what the span of its words is called, and which tower ``last`` is in."""
+
+    def _prepare(self, images: Any, texts: str | Sequence[str] | None, **options: Any) -> VLMInputs:
+        inputs = blip_inputs(self.processor, self.config, images, texts, **self.text_places, **options)
         return inputs.to(self.device)
+
+    def reword(self, inputs: VLMInputs, texts: Sequence[str]) -> VLMInputs:
+        """The same pictures with other texts, one a row."""
+        return with_texts(self.processor, self.config, inputs, texts, **self.text_places).to(self.device)
+
+    def position_labels(self, inputs: VLMInputs, tower: str) -> list[list[str]]:
+        if tower not in self.towers:
+            raise ValueError(f"no tower {tower!r}; this model has {', '.join(self.towers)}")
+        if tower == "vision_encoder":
+            height, width = inputs.pixel_values.shape[-2:] if inputs.pixel_values is not None else (0, 0)
+            patch = self.config.vision.patch_size
+            patches = [f"{row},{column}" for row in range(height // patch) for column in range(width // patch)]
+            return [["[class]", *patches]] * len(inputs)
+        ids, mask = self._tower_ids(inputs, tower)
+        rows = zip(ids, torch.ones_like(ids) if mask is None else mask, strict=True)
+        return [
+            [
+                token if kept else ""
+                for token, kept in zip(token_strings(self.processor.tokenizer, row), keep, strict=True)
+            ]
+            for row, keep in ((row.tolist(), keep.tolist()) for row, keep in rows)
+        ]
+
+    def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:
+        """A text tower's token ids, and which of them are no padding."""
+        if inputs.input_ids is None:
+            return self._start(len(inputs)), None
+        return inputs.input_ids, inputs.attention_mask
+
+    def _start(self, batch: int) -> Int[Tensor, "b 1"]:
+        """``[DEC]`` alone, for every row."""
+        return torch.full((batch, 1), self.config.bos_token_id, device=self.device)
 
     def _first_token(self, ids: Int[Tensor, "b p"], token_id: int) -> Int[Tensor, "b p"]:
         return torch.cat([torch.full_like(ids[:, :1], token_id), ids[:, 1:]], dim=1)
@@ -104,6 +135,11 @@ class HookedBlipVQA(HookedBlip):
     """An image and a question to an answer (Li et al. 2022, section 3.1 and figure 5)."""
 
     towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "question_encoder", "answer_decoder")
+    text_places: ClassVar[dict[str, str]] = {
+        "text_tower": "question_encoder",
+        "text_span": "question",
+        "last_tower": "answer_decoder",
+    }
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
@@ -122,12 +158,10 @@ class HookedBlipVQA(HookedBlip):
         """Logits ``[b p_answer d_vocab]`` after each of ``decoder_input_ids``, by default ``[DEC]`` alone."""
         inputs = self._inputs(inputs)
         question = self.encode_question(inputs)
-        answer_ids = inputs.decoder_input_ids
-        if answer_ids is None:
-            answer_ids = self._prompt(len(question))
+        answer_ids, answer_mask = self._tower_ids(inputs, "answer_decoder")
         states = self.answer_decoder(
             answer_ids,
-            inputs.decoder_attention_mask,
+            answer_mask,
             other=question,
             other_attention_mask=self._question_mask(inputs),
         )
@@ -160,7 +194,7 @@ class HookedBlipVQA(HookedBlip):
         """
         if texts is None:
             raise ValueError("a BLIP for question answering needs a question")
-        return self._prepare(images, texts, "question_encoder", "question", last_tower="answer_decoder", **options)
+        return self._prepare(images, texts, **options)
 
     def rank_answers(
         self,
@@ -201,8 +235,12 @@ class HookedBlipVQA(HookedBlip):
         scores, order = (-losses.sum(1)).view(len(question), n).sort(dim=1, descending=True, stable=True)
         return RankedAnswers([[candidates[i] for i in row] for row in order.tolist()], scores)
 
-    def _prompt(self, batch: int) -> Int[Tensor, "b 1"]:
-        return torch.full((batch, 1), self.config.bos_token_id, device=self.device)
+    def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:
+        if tower == "question_encoder":
+            return super()._tower_ids(inputs, tower)
+        if inputs.decoder_input_ids is None:
+            return self._start(len(inputs)), None
+        return inputs.decoder_input_ids, inputs.decoder_attention_mask
 
     def _question_mask(self, inputs: VLMInputs) -> Int[Tensor, "b p_question"] | None:
         return inputs.attention_mask if self.config.cross_attention_padding == "mask" else None
@@ -211,14 +249,18 @@ class HookedBlipVQA(HookedBlip):
         question = self.encode_question(inputs)
         known = self.answer_decoder.new_known()
         decoding = BertDecoding(self.answer_decoder, known, question, self._question_mask(inputs))
-        prompt = inputs.decoder_input_ids if inputs.decoder_input_ids is not None else self._prompt(len(question))
-        return decoding, prompt
+        return decoding, self._tower_ids(inputs, "answer_decoder")[0]
 
 
 class HookedBlipCaption(HookedBlip):
     """An image, and perhaps the beginning of a caption, to the caption."""
 
     towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "text_decoder")
+    text_places: ClassVar[dict[str, str]] = {
+        "text_tower": "text_decoder",
+        "text_span": "prompt",
+        "last_tower": "text_decoder",
+    }
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
@@ -230,10 +272,8 @@ class HookedBlipCaption(HookedBlip):
         """Logits ``[b p d_vocab]`` after each of ``input_ids``, by default ``[DEC]`` alone."""
         inputs = self._inputs(inputs)
         image = self.encode_image(inputs)
-        ids = inputs.input_ids
-        if ids is None:
-            ids = torch.full((len(image), 1), self.config.bos_token_id, device=self.device)
-        return self.text_decoder.logits(self.text_decoder(ids, inputs.attention_mask, other=image))
+        ids, mask = self._tower_ids(inputs, "text_decoder")
+        return self.text_decoder.logits(self.text_decoder(ids, mask, other=image))
 
     def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures, and from the beginnings of captions where ``texts`` are given.
@@ -241,14 +281,13 @@ class HookedBlipCaption(HookedBlip):
         A text becomes ``[DEC]`` and its tokens, which is what generation continues. Spans: ``image``, ``prompt``
         (the text's words), ``last``, as for :meth:`HookedBlipVQA.prepare`.
         """
-        return self._prepare(images, texts, "text_decoder", "prompt", last_tower="text_decoder", **options)
+        return self._prepare(images, texts, **options)
 
     def _start_decoding(self, inputs: VLMInputs) -> tuple[BertDecoding, Int[Tensor, "b prompt"]]:
         image = self.encode_image(inputs)
         known = self.text_decoder.new_known()
         if inputs.input_ids is None:
-            prompt = torch.full((len(image), 1), self.config.bos_token_id, device=self.device)
-            return BertDecoding(self.text_decoder, known, image, None), prompt
+            return BertDecoding(self.text_decoder, known, image, None), self._start(len(image))
         prompt, mask = self._prompt(inputs.input_ids, inputs.attention_mask)
         return BertDecoding(self.text_decoder, known, image, None, mask), prompt
 
@@ -276,6 +315,11 @@ class HookedBlipRetrieval(HookedBlip):
     """How well an image and a text match: by the matching head (ITM), or by the cosine of their embeddings (ITC)."""
 
     towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "text_encoder")
+    text_places: ClassVar[dict[str, str]] = {
+        "text_tower": "text_encoder",
+        "text_span": "text",
+        "last_tower": "text_encoder",
+    }
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
@@ -312,7 +356,7 @@ class HookedBlipRetrieval(HookedBlip):
         """Inputs from pictures and texts. Spans: ``image``, ``text``, ``last`` (where the heads read: ``[CLS]``)."""
         if texts is None:
             raise ValueError("retrieval needs a text")
-        return self._prepare(images, texts, "text_encoder", "text", last_tower="text_encoder", **options)
+        return self._prepare(images, texts, **options)
 
     def _start_decoding(self, inputs: VLMInputs) -> tuple[BertDecoding, Int[Tensor, "b prompt"]]:
         raise TypeError("a retrieval model does not generate text")

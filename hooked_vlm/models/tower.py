@@ -61,6 +61,6 @@ class Tower(nn.Module):
         return Known([LayerKnown() for _ in self.blocks])
 
 
-def shown(point: HookPoint, activation: Float[Tensor, "1_or_b p d_model"], batch: int) -> Tensor:
+def shown(point: HookPoint, activation: Float[Tensor, "_ p d_model"], batch: int) -> Tensor:
     """An activation that all rows share; each row gets its own when someone looks."""
     return point(activation.expand(batch, -1, -1).clone()) if point.is_hooked else activation

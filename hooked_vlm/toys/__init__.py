@@ -11,7 +11,8 @@ from pathlib import Path
 from hooked_vlm.data.shapes import ShapesSample, sample
 
 _ROOM = Path(__file__).parent
-_DEMO = (7, 0)
+# Chosen because it is easy to see: four objects, all of other colors and other shapes, and well apart.
+_DEMO = (7, 2828)
 
 
 def names() -> tuple[str, ...]:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hooked_vlm.data.shapes import KINDS, ShapesSample, generate
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 TOY = "toy-blip-vqa"
+
+EVALUATION_SEED = 7
+"""The seed of the figures that we report. The embedded checkpoints were trained on seed 0."""
 
 Scores = dict[str, dict[str, float]]
 """kind -> {"exact", "sip", "str", "n"}: three shares between 0 and 1, and the number of samples of the kind."""
@@ -24,15 +30,17 @@ class Answers(Protocol):
     def prepare(self, images: Sequence[Any], texts: Sequence[str]) -> Any:
         """Pictures and questions to the model's inputs."""
 
-    def generate(self, inputs: Any, max_new_tokens: int) -> list[str]:
-        """One answer a row."""
+    def generate(self, inputs: Any, *, max_new_tokens: int) -> Any:
+        """One answer a row, as strings."""
 
 
-def evaluate(model: Answers, n: int = 2000, seed: int = 7, batch_size: int = 100) -> Scores:
+def evaluate(model: Answers, n: int = 2000, seed: int = EVALUATION_SEED, batch_size: int = 100) -> Scores:
     """Ask a model ``n`` questions, and each again about its SIP picture and in its STR wording.
 
     Args:
-        seed: of the samples. The embedded checkpoints were trained on seed 0.
+        model: has ``prepare`` and ``generate``, as :class:`hooked_vlm.HookedVLM`.
+        n: how many samples, of all kinds together.
+        seed: of the samples, another than that of the training.
         batch_size: samples in one call; the model sees three times as many rows.
 
     Returns:
@@ -51,7 +59,7 @@ def evaluate(model: Answers, n: int = 2000, seed: int = 7, batch_size: int = 100
     return {kind: _scores(rows) for kind, rows in hits.items() if rows}
 
 
-def table(scores: Scores, title: str = "exact answers and flips"):
+def table(scores: Scores, title: str = "exact answers and flips") -> Table:
     """The scores as a rich table."""
     from rich.table import Table
 
@@ -59,6 +67,12 @@ def table(scores: Scores, title: str = "exact answers and flips"):
     for kind, row in scores.items():
         view.add_row(kind, str(int(row["n"])), *(f"{row[name]:.1%}" for name in ("exact", "sip", "str")))
     return view
+
+
+def in_a_line(scores: Scores) -> str:
+    """The scores as a line of text: exact / SIP flips / STR flips of every kind."""
+    shares = {kind: "/".join(f"{row[name]:.3f}" for name in ("exact", "sip", "str")) for kind, row in scores.items()}
+    return "  ".join(f"{kind} {share}" for kind, share in shares.items())
 
 
 def _scores(rows: Sequence[tuple[bool, bool, bool]]) -> dict[str, float]:
@@ -85,8 +99,13 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m hooked_vlm.toys.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=TOY, help="embedded name, local folder, or hub id")
-    parser.add_argument("--n", type=int, default=2000, help="how many samples")
-    parser.add_argument("--seed", type=int, default=7, help="of the samples; the toys were trained on seed 0")
+    parser.add_argument("--n", type=int, default=2000, help="how many samples (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=EVALUATION_SEED,
+        help="of the samples; the toys were trained on seed 0 (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     scores = evaluate(HookedVLM.from_pretrained(arguments.model), arguments.n, arguments.seed)
     Console().print(table(scores, f"{arguments.model}: {arguments.n} samples of seed {arguments.seed}"))

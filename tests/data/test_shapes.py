@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from hooked_vlm.data import COLORS, KINDS, SHAPES, Question, ShapeObject, ShapesSample, generate, render, sample
 from hooked_vlm.data.scene import CELL, GRID, IMAGE_SIZE
 
+# The checker of the signatures looks at a random item of a list, also while hypothesis draws.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
 samples = st.builds(
     sample,
     seed=st.integers(0, 2**40),
@@ -129,21 +132,21 @@ def test_the_picture_is_an_rgb_image_of_the_size_of_the_grid(one: ShapesSample):
 
 
 def test_answers_are_balanced_within_each_kind():
-    answers = {kind: Counter(one.answer for one in generate(1500, seed=1, kinds=[kind])) for kind in KINDS}
+    answers = {kind: Counter(one.answer for one in generate(300, seed=1, kinds=[kind])) for kind in KINDS}
     assert {kind: len(found) for kind, found in answers.items()} == {"color": 6, "shape": 4, "count": 4, "exists": 2}
     for kind, found in answers.items():
-        expected = 1500 / len(found)
-        assert all(abs(count - expected) < 5 * expected**0.5 for count in found.values()), (kind, found)
+        expected = 300 / len(found)
+        assert all(abs(count - expected) < 4 * expected**0.5 for count in found.values()), (kind, found)
 
 
 def test_kinds_are_balanced():
-    found = Counter(one.kind for one in generate(2000, seed=2))
-    assert all(abs(found[kind] - 500) < 110 for kind in KINDS)
+    found = Counter(one.kind for one in generate(600, seed=2))
+    assert all(abs(found[kind] - 150) < 50 for kind in KINDS)
 
 
 def test_words_alone_do_not_tell_whether_a_thing_exists():
     unbound = 0
-    negatives = [one for one in generate(1500, seed=3, kinds=["exists"]) if one.answer == "no"]
+    negatives = [one for one in generate(400, seed=3, kinds=["exists"]) if one.answer == "no"]
     for one in negatives:
         colors, shapes = {item.color for item in one.objects}, {item.shape for item in one.objects}
         unbound += one.asked.color in colors and one.asked.shape in shapes

@@ -1,0 +1,23 @@
+"""The command line. Commands import what they need when they run, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import typer
+
+from hooked_vlm.commands.hooks import hooks, models
+from hooked_vlm.commands.verify import verify
+
+app = typer.Typer(
+    name="hooked-vlm",
+    help="Mechanistic interpretability of vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+for command in (models, hooks, verify):
+    app.command()(command)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The commands of ``hooked-vlm``, one file a family. What is slow to import is imported where it is used."""

@@ -1,0 +1,27 @@
+"""``hooked-vlm answer``: ask a model about a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hooked_vlm.commands.common import AttentionOption, DtypeOption, load_model
+
+
+def answer(
+    model: Annotated[str, typer.Argument(help="Embedded model, local folder in HF format, or hub id.")],
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[
+        str, typer.Argument(help="The question; for a captioning model, the caption's beginning.")
+    ] = "",
+    beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="How long the answer may be, in tokens.")] = 20,
+    dtype: DtypeOption = None,
+    attention: AttentionOption = None,
+) -> None:
+    """Print a model's answer to a question about a picture."""
+    hooked = load_model(model, dtype, attention)
+    inputs = hooked.prepare(image, question or None)
+    typer.echo(hooked.generate(inputs, num_beams=beams, max_new_tokens=max_new_tokens)[0])

@@ -1,0 +1,126 @@
+"""``hooked-vlm hooks`` and ``hooked-vlm models``: what there is to look at, and in what."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
+
+import typer
+
+from hooked_vlm.commands.common import console, fail_clearly
+
+if TYPE_CHECKING:
+    from hooked_vlm.hooks import HookPoint
+    from hooked_vlm.models import HookedVLM
+
+
+class HookLine(NamedTuple):
+    """One hook point, or the same one of every layer."""
+
+    name: str
+    axes: str
+    sizes: str
+    """The axes with the numbers that the config fixes; letters stay for those that the inputs decide."""
+    hf: str
+    """HF's module that holds the same tensor, and how it is read there; or why there is none."""
+    has_counterpart: bool
+
+
+def hook_table(model: HookedVLM, *, tower: str | None = None, all_layers: bool = False) -> list[HookLine]:
+    """Every hook point in forward order; without ``all_layers``, one line for all blocks of a tower.
+
+    Raises:
+        ValueError: no such tower.
+    """
+    from weights_conversion import counterparts_of_config
+
+    if tower is not None and tower not in model.towers:
+        raise ValueError(f"no tower {tower!r}; this model has {', '.join(model.towers)}")
+    counterparts = counterparts_of_config(model.config)
+    lines: dict[str, HookLine] = {}
+    for name, point in model.hook_dict.items():
+        if tower is not None and point.tower != tower:
+            continue
+        shown = name if all_layers else _any_layer(name, "blocks")
+        if shown in lines:
+            continue
+        side = counterparts.of(name)
+        hf = f"none: {counterparts.reason(name)}" if side is None else str(side)
+        if not all_layers:
+            hf = _any_layer(hf, "layers?")
+        lines[shown] = HookLine(shown, " ".join(point.axes), _sizes(model, point), hf, side is not None)
+    return list(lines.values())
+
+
+def _any_layer(name: str, container: str) -> str:
+    return re.sub(rf"\b({container})\.\d+\b", r"\1.{layer}", name)
+
+
+def _sizes(model: HookedVLM, point: HookPoint) -> str:
+    owner: Any = model if point.tower not in model.towers else model.get_submodule(point.tower)
+    known = {field.name: getattr(owner.config, field.name) for field in dataclasses.fields(owner.config)}
+    known |= {"h": known.get("n_heads")}
+    return " ".join(str(known.get(axis) or axis) for axis in point.axes)
+
+
+@fail_clearly
+def hooks(
+    model: Annotated[str, typer.Argument(help="Embedded name, folder in HF format, research file, or hub id.")],
+    tower: Annotated[Optional[str], typer.Option(help="Only this tower's, e.g. question_encoder.")] = None,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="A line for every layer.")] = False,
+) -> None:
+    """List every hook point: its name, its shape, and the HF module that holds the same tensor.
+
+    Axes: b batch, p position, h head, q query, k key.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from hooked_vlm.models import HookedVLM
+
+    loaded = HookedVLM.from_pretrained(model)
+    lines = hook_table(loaded, tower=tower, all_layers=all_layers)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{model}: {type(loaded).__name__}")
+    for title in ("hook point", "axes", "sizes", "HF"):
+        table.add_column(title, overflow="fold")
+    for line in lines:
+        hf = Text(line.hf, style="" if line.has_counterpart else "dim")
+        table.add_row(Text(line.name), Text(line.axes), Text(line.sizes), hf)
+    out = console()
+    out.print(table)
+    layers = [f"{name} {len(loaded.get_submodule(name).blocks)}" for name in loaded.towers]  # type: ignore[arg-type]
+    found = sum(line.has_counterpart for line in lines)
+    out.print(
+        f"{len(lines)} lines, {found} of them with a counterpart in HF; {len(loaded.hook_names)} hook points in all "
+        f"(layers: {', '.join(layers)}). b batch, p position, h head, q query, k key.",
+        soft_wrap=True,
+    )
+
+
+@fail_clearly
+def models() -> None:
+    """List the embedded models, and the kinds of checkpoints that can be loaded."""
+    from rich import box
+    from rich.table import Table
+
+    from hooked_vlm import toys
+    from hooked_vlm.models import MODELS
+    from weights_conversion.blip import TASKS
+    from weights_conversion.families import FAMILIES
+
+    embedded = Table(box=box.SIMPLE_HEAD, title="Embedded models")
+    embedded.add_column("name")
+    embedded.add_column("size", justify="right")
+    for name in toys.names():
+        size = sum(file.stat().st_size for file in toys.folder(name).iterdir())
+        embedded.add_row(name, f"{size / 2**20:.1f} MiB")
+    supported = Table(box=box.SIMPLE_HEAD, title="Checkpoints in HF format, from a folder or the hub")
+    for title in ("model_type", "architecture", "class here"):
+        supported.add_column(title, overflow="fold")
+    for architecture, task in TASKS.items():
+        supported.add_row(", ".join(FAMILIES), architecture, MODELS[task].__name__)
+    out = console()
+    out.print(embedded, supported)
+    out.print("BLIP's research files (.pth) are loaded too, as the same classes.", soft_wrap=True)

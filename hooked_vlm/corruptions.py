@@ -1,0 +1,184 @@
+"""Ways to make a corrupted run: the other inputs, or edits that spoil the image embeddings.
+
+A corruption is a frozen value; called with a model and clean inputs it gives a :class:`Corrupted` run. Whatever is
+random is drawn once, from a seed, and held: every cell of a grid sees the same corruption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.edits import Add, Edit, Scale, gaussian
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.models import HookedVLM
+
+IMAGE_EMBEDDINGS = "vision_encoder.hook_out"
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A corrupted run: inputs and the edits that corrupt it.
+
+    With several ``draws`` each clean row stands ``draws`` times, copies beside each other.
+    """
+
+    inputs: VLMInputs
+    edits: tuple[Edit, ...] = ()
+    draws: int = 1
+
+
+@runtime_checkable
+class Corruption(Protocol):
+    """Makes a corrupted run of clean inputs."""
+
+    @property
+    def draws(self) -> int:
+        """How many times the random part is drawn; 1 where nothing is random."""
+        ...
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted: ...
+
+
+@dataclass(frozen=True)
+class AdditiveGaussian:
+    """N(0, std) added to an activation, by default the image embeddings (Meng et al. 2022 on embeddings).
+
+    ``std`` is in units of the standard deviation of each row's activation.
+    """
+
+    std: float = 3.0
+    draws: int = 10
+    seed: int = 0
+    site: str = IMAGE_EMBEDDINGS
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
+        activation = _activation(model, clean, self.site)
+        unit = activation.flatten(1).float().std(dim=1)[:, None, None, None]
+        noise = self.std * unit * _draws(self, activation)
+        return Corrupted(clean.repeat(self.draws), (Add(self.site, noise.flatten(0, 1)),), self.draws)
+
+
+@dataclass(frozen=True)
+class MultiplicativeGaussian:
+    """An activation multiplied, element by element, by N(mean, std) (the code of Palit et al. 2023, mean 1, std 5)."""
+
+    mean: float = 1.0
+    std: float = 5.0
+    draws: int = 10
+    seed: int = 0
+    site: str = IMAGE_EMBEDDINGS
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
+        factors = self.mean + self.std * _draws(self, _activation(model, clean, self.site))
+        return Corrupted(clean.repeat(self.draws), (Scale(self.site, factors.flatten(0, 1)),), self.draws)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An activation times a constant; 0.7691 gives the average figures of Palit et al. 2023."""
+
+    factor: float = 0.7691
+    site: str = IMAGE_EMBEDDINGS
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
+        return Corrupted(clean, (Scale(self.site, self.factor),))
+
+
+@dataclass(frozen=True)
+class PixelNoise:
+    """N(0, std) added to the pixels, in units of each picture's own standard deviation."""
+
+    std: float = 1.0
+    draws: int = 10
+    seed: int = 0
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
+        pixels = _pixels(clean)
+        unit = pixels.flatten(1).float().std(dim=1).view(-1, *[1] * pixels.ndim)
+        noisy = pixels[:, None] + (self.std * unit * _draws(self, pixels)).to(pixels)
+        return Corrupted(clean.repeat(self.draws).with_pixels(noisy.flatten(0, 1)), draws=self.draws)
+
+
+@dataclass(frozen=True, eq=False)
+class CounterfactualImage:
+    """Another picture with the same question: a semantic image pair, SIP (Golovanevsky et al. 2025).
+
+    ``images``: what ``prepare`` takes, one a row.
+    """
+
+    images: Any
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
+        if clean.texts is None:
+            raise ValueError("a counterfactual image needs inputs that model.prepare made")
+        other = model.prepare(self.images, [piece.text for piece in clean.texts])
+        if _pixels(other).shape != _pixels(clean).shape:
+            raise ValueError(
+                f"the counterfactual pixels are {tuple(_pixels(other).shape)}, the clean {tuple(_pixels(clean).shape)}"
+            )
+        return Corrupted(clean.with_pixels(_pixels(other)))
+
+
+@dataclass(frozen=True)
+class CounterfactualQuestion:
+    """Another question about the same picture, as many tokens long: symmetric token replacement, STR.
+
+    ``questions``: one a row.
+    """
+
+    questions: str | tuple[str, ...]
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
+        questions = [self.questions] if isinstance(self.questions, str) else list(self.questions)
+        if len(questions) != len(clean):
+            raise ValueError(f"{len(questions)} counterfactual questions for {len(clean)} rows")
+        other = model.reword(clean, questions)
+        assert other.attention_mask is not None and clean.attention_mask is not None
+        clean_lengths, lengths = clean.attention_mask.sum(1).tolist(), other.attention_mask.sum(1).tolist()
+        for question, length, clean_length in zip(questions, lengths, clean_lengths, strict=True):
+            if length != clean_length:
+                raise ValueError(
+                    f"{question!r} has {length} tokens, the clean question {clean_length}: positions would not align; "
+                    "replace each word by one of as many tokens"
+                )
+        return Corrupted(other)
+
+
+def describe(corruption: Corruption) -> dict[str, Any]:
+    """A corruption's kind and parameters, for a result's provenance."""
+    parameters = asdict(corruption) if not isinstance(corruption, CounterfactualImage) else {}  # type: ignore[call-overload]
+    return {"corruption": type(corruption).__name__, **parameters}
+
+
+def _activation(model: HookedVLM, clean: VLMInputs, site: str) -> Float[Tensor, "b p d"]:
+    with torch.no_grad():
+        return model.run_with_hooks(clean, stop_at=site)
+
+
+def _draws(corruption: Any, like: Tensor) -> Float[Tensor, "b draws ..."]:
+    """Standard normal numbers for every row and draw."""
+    shape = (len(like), corruption.draws, *like.shape[1:])
+    return gaussian(corruption.seed, shape).to(like.device)
+
+
+def _pixels(inputs: VLMInputs) -> Tensor:
+    if inputs.pixel_values is None:
+        raise ValueError("these inputs have no pixel_values to corrupt")
+    return inputs.pixel_values

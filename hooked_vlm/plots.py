@@ -1,0 +1,133 @@
+"""Every figure. Each function draws one and returns it; :func:`save_figure` writes PNG and PDF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hooked_vlm import results
+from hooked_vlm.files import whole_file
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SITE_TITLES = {
+    "resid": "residual stream",
+    "attn": "self-attention",
+    "cross_attn": "cross-attention",
+    "mlp": "MLP",
+}
+COLOR_MAPS = {"resid": "Purples", "attn": "Greens", "cross_attn": "Oranges", "mlp": "Blues"}
+
+Quantity = Literal["patched", "effect", "normalized"]
+RowHeight = 0.27
+"""Inches of one token's row."""
+
+
+def causal_trace_figure(
+    result: xr.Dataset,
+    *,
+    sample: int = 0,
+    metric: Literal["probability", "logit_difference"] = "probability",
+    quantity: Quantity = "patched",
+    images: Sequence[tuple[str, Any]] = (),
+    title: str = "",
+) -> Figure:
+    """Heatmaps as in Palit et al. 2023: tokens down, layers across, one panel a site, one row of panels a tower.
+
+    ``quantity="patched"`` shows the metric itself, on a scale from the corrupted to the clean run. Hatched cells give
+    the source run by construction.
+
+    Args:
+        images: (caption, picture) pairs, shown on the left.
+    """
+    from matplotlib.figure import Figure
+
+    towers = [results.tower(result, name, sample) for name in result.tower.values]
+    n_sites = max(part.sizes["site"] for part in towers)
+    heights = [max(1.1, RowHeight * part.sizes["position"]) for part in towers]
+    pictures_width = 2.0 if images else 0.0
+    figure = Figure(figsize=(pictures_width + 1.1 + 2.35 * n_sites, sum(heights) + 1.05 * len(towers) + 0.75))
+    left, right = (
+        figure.subfigures(1, 2, width_ratios=[pictures_width, 1.1 + 2.35 * n_sites]) if images else (None, figure)
+    )
+    if left is not None:
+        _draw_images(left, images)
+    grid = right.subplots(
+        len(towers), n_sites, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 1.15 / np.mean(heights)}
+    )
+    ends = [float(result[end].sel(metric=metric).isel(sample=sample)) for end in ("corrupted", "clean")]
+    for part, axes_row in zip(towers, grid, strict=True):
+        for axes in axes_row[part.sizes["site"] :]:
+            axes.remove()
+        for axes, site in zip(axes_row, part.site.values, strict=False):
+            _draw_heatmap(axes, part.sel(site=site, metric=metric), str(site), quantity, metric, ends)
+        axes_row[0].set_ylabel(str(part.tower.values).replace("_", " "), fontsize=9)
+    # Margins in inches: room for token names on the left and the title above.
+    width, height = right.bbox.width / figure.dpi, figure.get_figheight()
+    right.subplots_adjust(
+        left=0.95 / width, right=1 - 0.45 / width, top=1 - 0.85 / height, bottom=0.5 / height, wspace=0.42
+    )
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left", y=1 - 0.12 / height, va="top")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
+    """Write ``path`` with the endings ``.png`` (200 dots an inch) and ``.pdf``; returns both paths."""
+    written = []
+    for ending in (".png", ".pdf"):
+        target = Path(path).with_suffix(ending)
+        with whole_file(target) as temporary:
+            figure.savefig(temporary, dpi=200)
+        written.append(target)
+    return written
+
+
+def _draw_images(figure: Any, images: Sequence[tuple[str, Any]]) -> None:
+    for axes, (caption, image) in zip(figure.subplots(len(images), 1, squeeze=False)[:, 0], images, strict=True):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=8)
+        axes.set_axis_off()
+
+
+def _draw_heatmap(
+    axes: Axes, part: xr.Dataset, site: str, quantity: Quantity, metric: str, ends: Sequence[float]
+) -> None:
+    values = part[quantity].transpose("position", "layer").values
+    low, high = _scale(values, quantity, ends)
+    mesh = axes.pcolormesh(values, cmap=COLOR_MAPS.get(site, "Greys"), vmin=low, vmax=high)
+    _hatch(axes, part.identity.transpose("position", "layer").values)
+    axes.invert_yaxis()
+    axes.set_title(SITE_TITLES.get(site, site), fontsize=9)
+    axes.set_xlabel("layer", fontsize=8)
+    axes.set_xticks(np.arange(part.sizes["layer"]) + 0.5, part.layer.values)
+    axes.set_yticks(np.arange(part.sizes["position"]) + 0.5, part.token.values)
+    axes.tick_params(labelsize=8, length=2)
+    bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.08, pad=0.05)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.set_title(_bar_title(part, quantity, metric), fontsize=8, pad=5)
+
+
+def _scale(values: np.ndarray, quantity: Quantity, ends: Sequence[float]) -> tuple[float, float]:
+    """From the corrupted run to the clean one, wider where cells lie outside."""
+    known = {"patched": list(ends), "effect": [0.0, ends[1] - ends[0]], "normalized": [0.0, 1.0]}[quantity]
+    finite = [*values[np.isfinite(values)], *known]
+    return min(finite), max(finite)
+
+
+def _bar_title(part: xr.Dataset, quantity: Quantity, metric: str) -> str:
+    answer, foil = str(part.answer.values), str(part.foil.values)
+    score = f"p({answer})" if metric == "probability" else f"{answer} − {foil}"
+    return {"patched": score, "effect": f"Δ {score}", "normalized": f"{score}, norm."}[quantity]
+
+
+def _hatch(axes: Axes, marked: np.ndarray) -> None:
+    from matplotlib.patches import Rectangle
+
+    for row, column in zip(*np.nonzero(marked), strict=True):
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))

@@ -1,0 +1,69 @@
+"""Results: labelled arrays that say how they were made. Saved as netCDF, whole or not at all; ``.to_dataframe()``
+makes a table of one."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hooked_vlm.files import whole_file
+from hooked_vlm.version import __version__
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from hooked_vlm.models import HookedVLM
+
+ENGINE = "h5netcdf"
+
+
+def provenance(model: HookedVLM, method: str, **parameters: Any) -> dict[str, str | int | float]:
+    """What a result's attributes say: model, arithmetic, method, parameters, versions."""
+    import transformers
+
+    facts = {
+        "method": method,
+        **parameters,
+        "model": model.config.name_or_path,
+        "model_revision": model.config.revision,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": model.attention,
+        "cross_attention_padding": model.config.cross_attention_padding,
+        "variant": model.config.variant,
+        "hooked_vlm_version": __version__,
+        "torch_version": str(torch.__version__),
+        "transformers_version": transformers.__version__,
+        "python_version": platform.python_version(),
+    }
+    # netCDF keeps text and numbers; anything else goes as JSON.
+    return {
+        name: value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else json.dumps(value)
+        for name, value in facts.items()
+    }
+
+
+def save(result: xr.Dataset, path: str | Path) -> None:
+    """Write a result to a netCDF file."""
+    with whole_file(path) as temporary:
+        result.to_netcdf(temporary, engine=ENGINE)
+
+
+def load(path: str | Path) -> xr.Dataset:
+    """Read a result; equal to the one that was saved."""
+    import xarray as xr
+
+    with xr.open_dataset(path, engine=ENGINE) as result:
+        return result.load()
+
+
+def tower(result: xr.Dataset, name: str, sample: int = 0) -> xr.Dataset:
+    """One tower and sample of a result, without the layers, sites and positions that the tower does not have."""
+    part = result.sel(tower=name).isel(sample=sample)
+    for dim in ("site", "layer", "position"):
+        part = part.dropna(dim, how="all", subset=["patched"])
+    return part

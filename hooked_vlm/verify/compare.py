@@ -1,0 +1,288 @@
+"""Two models, one after the other: HF's tensors are kept, and each hook point is compared the moment it fires.
+
+Two models are never held at once, and ours comes from the same files, so that how we read checkpoints is tested too.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_vlm.config import AttentionImplementation, BlipTask
+from hooked_vlm.hooks import HookPoint
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.loading import resolve
+from hooked_vlm.models import HookedVLM
+from hooked_vlm.verify.report import Report, Row, versions
+from hooked_vlm.verify.sample import sample_inputs
+from weights_conversion import Counterpart, counterparts_of_config
+from weights_conversion.blip import TASKS
+from weights_conversion.counterparts import PARAMETER
+
+UNLIKE_ATTENTION = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
+"""The tolerance where the two sides compute attention by different kernels, whose rounding differs."""
+
+LOGITS = "logits"
+"""The row of what the forward returns, with no hook attached."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to call a model; ``options`` are the same words in HF and here."""
+
+    name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+RUNS: dict[BlipTask, tuple[Run, ...]] = {
+    "vqa": (Run(),),
+    "caption": (Run(),),
+    "retrieval": (Run("ITM", {"use_itm_head": True}), Run("ITC", {"use_itm_head": False})),
+}
+
+
+class Kept:
+    """HF's tensors by run, module and place: in memory, or one safetensors file each in a folder."""
+
+    def __init__(self, folder: str | None = None) -> None:
+        self._folder = folder
+        self._kept: dict[tuple[str, str, str], Tensor | Path] = {}
+
+    def put(self, run: Run, counterpart: Counterpart, tensor: Tensor) -> None:
+        kept: Tensor | Path = tensor
+        if self._folder is not None:
+            from safetensors.torch import save_file
+
+            kept = Path(self._folder) / f"{len(self._kept)}.safetensors"
+            save_file({"tensor": tensor.contiguous()}, kept)
+        self._kept[run.name, counterpart.module, counterpart.place] = kept
+
+    def get(self, run: Run, counterpart: Counterpart, device: torch.device) -> Tensor:
+        kept = self._kept[run.name, counterpart.module, counterpart.place]
+        if isinstance(kept, Tensor):
+            return kept
+        from safetensors.torch import load_file
+
+        return load_file(kept, device=str(device))["tensor"]
+
+    def has(self, run: Run, counterpart: Counterpart) -> bool:
+        return (run.name, counterpart.module, counterpart.place) in self._kept
+
+
+def verify(
+    name_or_path: str | Path,
+    image: Any = None,
+    question: str | Sequence[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    attention: AttentionImplementation | None = None,
+    tolerance: float | None = None,
+    low_memory: bool = False,
+    revision: str | None = None,
+) -> Report:
+    """Run a checkpoint in HF's model and in ours on identical inputs, and compare every tensor that HF can give.
+
+    Args:
+        image: one picture, as for :meth:`HookedVLM.prepare`; by default an embedded one.
+        question: by default two texts of different lengths, so that padding is compared too. A checkpoint without a
+            processor gets random pixels and tokens, always the same ones.
+        dtype: by default what ``config.json`` says.
+        attention: by default what HF uses for this model. HF's side uses the same kind where HF has it.
+        tolerance: the largest relative difference that passes: max \\|ours - HF\\| / max \\|HF\\|. By default 0, which
+            is equality of every bit; where attention is computed by different kernels, as ``UNLIKE_ATTENTION`` says.
+        low_memory: keep HF's tensors in temporary files.
+
+    Raises:
+        FileNotFoundError, CheckpointError: nothing there, or nothing that we read.
+        ValueError: a research file, which HF cannot load; a picture or question that the model cannot take.
+    """
+    path = resolve(name_or_path, revision)
+    if path.is_file():
+        raise ValueError(f"HF cannot load {path.name}; load it with HookedVLM, save_hf it, and verify that folder")
+    model = HookedVLM.from_pretrained(path)
+    inputs, described = sample_inputs(model, image, question)
+    config, names, ours = model.config, model.hook_names, attention or model.attention
+    del model
+    counterparts = counterparts_of_config(config)
+    wanted = {name: side for name in (*names, LOGITS) if (side := counterparts.of(name)) is not None}
+    architecture = next(name for name, task in TASKS.items() if task == config.task)
+    theirs = ours if ours == "eager" or _hf_class(architecture)._supports_sdpa else "eager"
+    padding = "hf" if inputs.attention_mask is not None and not bool(inputs.attention_mask.all()) else "mask"
+
+    with tempfile.TemporaryDirectory(prefix="hooked-vlm-") if low_memory else nullcontext() as folder:
+        kept = Kept(folder)
+        hf_model = load_hf(path, architecture, dtype=dtype, device=device, attention=theirs)
+        for run in RUNS[config.task]:
+            record(hf_model, inputs, wanted, run, kept)
+        del hf_model
+        gc.collect()
+        model = HookedVLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device=device,
+            attention=ours,
+            cross_attention_padding=padding,  # type: ignore[arg-type]
+        )
+        if tolerance is None:
+            tolerance = 0.0 if ours == theirs else UNLIKE_ATTENTION[model.dtype]
+        rows = [
+            row for run in RUNS[config.task] for row in compare(model, inputs, wanted, run, kept, tolerance=tolerance)
+        ]
+    return Report(
+        model=str(name_or_path),
+        architecture=architecture,
+        inputs=described,
+        rows=tuple(rows),
+        without_counterpart=tuple((name, counterparts.reason(name)) for name in names if name not in wanted),
+        tolerance=tolerance,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        attention=ours,
+        hf_attention=theirs,
+        cross_attention_padding=padding,
+        versions=versions(),
+    )
+
+
+def load_hf(
+    path: Path,
+    architecture: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    attention: AttentionImplementation = "eager",
+) -> nn.Module:
+    """HF's model, in evaluation mode; ``dtype`` by default as ``config.json`` says."""
+    with _quiet_hf():
+        model = _hf_class(architecture).from_pretrained(
+            path, dtype=dtype or "auto", attn_implementation=attention, local_files_only=True
+        )
+    return model.to(device or "cpu").eval()
+
+
+def _hf_class(architecture: str) -> Any:
+    import transformers
+
+    return getattr(transformers, architecture)
+
+
+@contextmanager
+def _quiet_hf() -> Iterator[None]:
+    """Without HF's progress bar and its advice. What a checkpoint lacks, our own loader says."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def record(hf_model: nn.Module, inputs: VLMInputs, wanted: Mapping[str, Counterpart], run: Run, kept: Kept) -> None:
+    """One forward of HF's model that keeps the tensors of all counterparts."""
+    modules: dict[str, set[Counterpart]] = {}
+    for side in wanted.values():
+        if side.place == PARAMETER:
+            kept.put(run, side, hf_model.get_parameter(side.module).detach())
+        else:
+            modules.setdefault(side.module, set()).add(side)
+    handles = [
+        hf_model.get_submodule(name).register_forward_hook(_keeper(sides, run, kept), with_kwargs=True)
+        for name, sides in modules.items()
+    ]
+    try:
+        device = next(hf_model.parameters()).device
+        hf_model(**inputs.to(device).tensors(), **run.options)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keeper(sides: set[Counterpart], run: Run, kept: Kept) -> Any:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # HF passes many inputs by keyword.
+        first_input = args[0] if args else next(iter(kwargs.values()), None)
+        for side in sides:
+            if kept.has(run, side):
+                continue
+            tensor = side.read(first_input, output)
+            # HF adds the position embeddings to the token embeddings in place.
+            kept.put(run, side, tensor.clone() if isinstance(module, nn.Embedding) else tensor)
+
+    return keep
+
+
+@torch.no_grad()
+def compare(
+    model: HookedVLM,
+    inputs: VLMInputs,
+    wanted: Mapping[str, Counterpart],
+    run: Run,
+    kept: Kept,
+    *,
+    tolerance: float = 0.0,
+) -> list[Row]:
+    """One forward of our model, compared with what :func:`record` kept; a row for each hook point that fires.
+
+    The logits are those of another forward, with no hook attached. A run that is not the first leaves out the vision
+    tower, which sees the same picture in all of them.
+    """
+    is_first = run == RUNS[model.config.task][0]
+    sides = {name: side for name, side in wanted.items() if is_first or not name.startswith("vision_encoder.")}
+    rows: dict[str, Row] = {}
+
+    def look(activation: Tensor, name: str) -> None:
+        theirs = kept.get(run, sides[name], activation.device) if kept.has(run, sides[name]) else None
+        rows[name] = _row(run, name, sides[name], activation, theirs, tolerance)
+
+    def look_at_hook(activation: Tensor, hook: HookPoint) -> None:
+        look(activation, hook.name)
+
+    handles = model.add_hook([name for name in sides if name != LOGITS], look_at_hook, reads=True)
+    try:
+        model(inputs, **run.options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    look(model(inputs, **run.options), LOGITS)
+    for name, side in sides.items():
+        if name not in rows and kept.has(run, side):
+            rows[name] = Row.incomparable(run.name, name, str(side), (), "our hook point did not fire")
+    return [rows[name] for name in sides if name in rows]
+
+
+def _row(run: Run, name: str, side: Counterpart, ours: Tensor, theirs: Tensor | None, tolerance: float) -> Row:
+    shape = tuple(ours.shape)
+    if theirs is None:
+        return Row.incomparable(run.name, name, str(side), shape, "HF's module did not run")
+    try:
+        theirs = side.form(theirs, ours.shape)
+    except RuntimeError:
+        return Row.incomparable(run.name, name, str(side), shape, f"HF has {tuple(theirs.shape)}")
+    if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+        return Row.incomparable(run.name, name, str(side), shape, f"HF has {tuple(theirs.shape)} {theirs.dtype}")
+    is_equal = torch.equal(ours, theirs)
+    difference, relative = (0.0, 0.0) if is_equal else _differences(ours, theirs)
+    return Row(run.name, name, str(side), shape, difference, relative, is_equal, is_equal or relative <= tolerance)
+
+
+def _differences(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """The largest absolute difference, and its share of the largest magnitude in ``theirs``."""
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    largest = theirs.abs().max().item()
+    return difference, difference / largest if largest else math.inf

@@ -1,0 +1,101 @@
+"""Where HF has the same tensor: a table of hook points, HF modules, and how to read the tensor there.
+
+"How" is spelled in words, a place and then what is done to the tensor found there: ``"output"``, ``"input, heads"``,
+``"output, first third, heads"``. A hook point whose tensor no HF module gives has no module, and the reason in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weights_conversion.rules import Rules
+
+PLACES: Mapping[str, Callable[[Any, Any], Tensor]] = {
+    "input": lambda first_input, output: first_input,
+    "output": lambda first_input, output: output,
+    "output[0]": lambda first_input, output: output[0],
+    "output[1]": lambda first_input, output: output[1],
+    "output.itm_score": lambda first_input, output: output.itm_score,
+}
+"""From a module's first input and its output to a tensor."""
+
+PARAMETER = "parameter"
+"""The place of a tensor that is itself a parameter; the table names it where others name a module."""
+
+FORMS: Mapping[str, Callable[[Tensor, torch.Size], Tensor]] = {
+    "patches": lambda tensor, shape: tensor.flatten(2).transpose(1, 2),
+    "first third": lambda tensor, shape: tensor.chunk(3, dim=-1)[0],
+    "second third": lambda tensor, shape: tensor.chunk(3, dim=-1)[1],
+    "last third": lambda tensor, shape: tensor.chunk(3, dim=-1)[2],
+    "heads": lambda tensor, shape: tensor.unflatten(-1, shape[2:]),
+    "each row": lambda tensor, shape: tensor.expand(shape),
+    "each head": lambda tensor, shape: tensor.unsqueeze(2).expand(shape),
+    "unit length": lambda tensor, shape: F.normalize(tensor, dim=-1),
+}
+"""What is done to the tensor, so that it has our hook point's shape."""
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """HF's side of one hook point."""
+
+    module: str
+    """HF's module, or parameter; empty for the model itself."""
+    how: str
+
+    @property
+    def place(self) -> str:
+        return self.how.split(", ")[0]
+
+    def read(self, first_input: Any, output: Any) -> Tensor:
+        """The tensor at the place, in HF's own shape."""
+        return PLACES[self.place](first_input, output)
+
+    def form(self, tensor: Tensor, shape: torch.Size) -> Tensor:
+        """What :meth:`read` gave, as a hook point of this shape shows it."""
+        for name in self.how.split(", ")[1:]:
+            tensor = FORMS[name](tensor, shape)
+        return tensor
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the model'}: {self.how}"
+
+
+class Counterparts:
+    """Rows of (hook point pattern, HF module pattern or None, how to read or the reason why not).
+
+    Patterns are those of :class:`~weights_conversion.rules.Rules`. The first row that fits a hook point's name counts.
+    """
+
+    def __init__(self, *rows: tuple[str, str | None, str]) -> None:
+        for hook, module, how in rows:
+            place, *forms = how.split(", ")
+            if module is not None and not ({place} <= {*PLACES, PARAMETER} and set(forms) <= {*FORMS}):
+                raise ValueError(f"{hook}: no such way to read: {how!r}")
+        self.rows = rows
+        self._names = Rules(*((hook, module or "") for hook, module, _ in rows))
+
+    def __add__(self, other: Counterparts) -> Counterparts:
+        return Counterparts(*self.rows, *other.rows)
+
+    def of(self, hook_name: str) -> Counterpart | None:
+        """HF's side of a hook point; None where it has none."""
+        _, module, how = self._row(hook_name)
+        return None if module is None else Counterpart(self._names.parameter(hook_name) or "", how)
+
+    def reason(self, hook_name: str) -> str:
+        """Why HF has no counterpart of this hook point; empty where it has one."""
+        _, module, how = self._row(hook_name)
+        return how if module is None else ""
+
+    def _row(self, hook_name: str) -> tuple[str, str | None, str]:
+        rank = self._names.rank(hook_name)
+        if rank == len(self.rows):
+            return hook_name, None, "not in the table of counterparts"
+        return self.rows[rank]
