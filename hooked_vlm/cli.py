@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from hooked_vlm.commands.answer import answer
+from hooked_vlm.commands.common import fail_clearly
 from hooked_vlm.commands.hooks import hooks, models
+from hooked_vlm.commands.trace import trace
 from hooked_vlm.commands.verify import verify
 
 app = typer.Typer(
@@ -15,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (models, hooks, verify):
-    app.command()(command)
+for command in (trace, answer, models, hooks, verify):
+    app.command()(fail_clearly(command))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ random is drawn once, from a seed, and held: every cell of a grid sees the same 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +21,7 @@ from hooked_vlm.models import HookedVLM
 IMAGE_EMBEDDINGS = "vision_encoder.hook_out"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corrupted:
     """A corrupted run: inputs and the edits that corrupt it.
 
@@ -58,8 +59,7 @@ class AdditiveGaussian:
 
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         activation = _activation(model, clean, self.site)
-        unit = activation.flatten(1).float().std(dim=1)[:, None, None, None]
-        noise = self.std * unit * _draws(self, activation)
+        noise = self.std * _unit(activation) * _draws(self, activation)
         return Corrupted(clean.repeat(self.draws), (Add(self.site, noise.flatten(0, 1)),), self.draws)
 
 
@@ -103,8 +103,7 @@ class PixelNoise:
 
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         pixels = _pixels(clean)
-        unit = pixels.flatten(1).float().std(dim=1).view(-1, *[1] * pixels.ndim)
-        noisy = pixels[:, None] + (self.std * unit * _draws(self, pixels)).to(pixels)
+        noisy = pixels[:, None] + (self.std * _unit(pixels) * _draws(self, pixels)).to(pixels)
         return Corrupted(clean.repeat(self.draws).with_pixels(noisy.flatten(0, 1)), draws=self.draws)
 
 
@@ -122,9 +121,9 @@ class CounterfactualImage:
         return 1
 
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
-        if clean.texts is None:
+        if clean.texts is None and clean.input_ids is not None:
             raise ValueError("a counterfactual image needs inputs that model.prepare made")
-        other = model.prepare(self.images, [piece.text for piece in clean.texts])
+        other = model.prepare(self.images, None if clean.texts is None else [piece.text for piece in clean.texts])
         if _pixels(other).shape != _pixels(clean).shape:
             raise ValueError(
                 f"the counterfactual pixels are {tuple(_pixels(other).shape)}, the clean {tuple(_pixels(clean).shape)}"
@@ -149,33 +148,50 @@ class CounterfactualQuestion:
         questions = [self.questions] if isinstance(self.questions, str) else list(self.questions)
         if len(questions) != len(clean):
             raise ValueError(f"{len(questions)} counterfactual questions for {len(clean)} rows")
+        if clean.texts is None:
+            raise ValueError("a counterfactual question needs inputs that model.prepare made, with their texts")
         other = model.reword(clean, questions)
-        assert other.attention_mask is not None and clean.attention_mask is not None
-        clean_lengths, lengths = clean.attention_mask.sum(1).tolist(), other.attention_mask.sum(1).tolist()
-        for question, length, clean_length in zip(questions, lengths, clean_lengths, strict=True):
-            if length != clean_length:
+        for piece, other_piece in zip(clean.texts, other.texts or (), strict=True):
+            n_clean, n_other = len(piece.offsets), len(other_piece.offsets)
+            if n_other != n_clean:
                 raise ValueError(
-                    f"{question!r} has {length} tokens, the clean question {clean_length}: positions would not align; "
-                    "replace each word by one of as many tokens"
+                    f"{other_piece.text!r} has {n_other} tokens, {piece.text!r} has {n_clean}: positions would not "
+                    "align; replace each word by one of as many tokens"
                 )
         return Corrupted(other)
 
 
 def describe(corruption: Corruption) -> dict[str, Any]:
-    """A corruption's kind and parameters, for a result's provenance."""
-    parameters = asdict(corruption) if not isinstance(corruption, CounterfactualImage) else {}  # type: ignore[call-overload]
+    """A corruption's kind and parameters, for a result's provenance; of pictures, where they lie."""
+    names = [field.name for field in fields(corruption)] if is_dataclass(corruption) else []
+    parameters = {name: getattr(corruption, name) for name in names}
+    if isinstance(corruption, CounterfactualImage):
+        listed = corruption.images if isinstance(corruption.images, (list, tuple)) else [corruption.images]
+        parameters["images"] = [str(image) if isinstance(image, (str, Path)) else "given" for image in listed]
     return {"corruption": type(corruption).__name__, **parameters}
 
 
-def _activation(model: HookedVLM, clean: VLMInputs, site: str) -> Float[Tensor, "b p d"]:
+def _activation(model: HookedVLM, clean: VLMInputs, site: str) -> Float[Tensor, "b ..."]:
     with torch.no_grad():
         return model.run_with_hooks(clean, stop_at=site)
 
 
-def _draws(corruption: Any, like: Tensor) -> Float[Tensor, "b draws ..."]:
-    """Standard normal numbers for every row and draw."""
-    shape = (len(like), corruption.draws, *like.shape[1:])
-    return gaussian(corruption.seed, shape).to(like.device)
+def _unit(activation: Float[Tensor, "b ..."]) -> Float[Tensor, "b 1 ..."]:
+    """Each row's standard deviation, shaped to go with draws of it."""
+    return activation.flatten(1).float().std(dim=1).view(-1, *[1] * activation.ndim)
+
+
+def _draws(
+    corruption: AdditiveGaussian | MultiplicativeGaussian | PixelNoise, like: Tensor
+) -> Float[Tensor, "b d ..."]:
+    """Standard normal numbers for every row and draw, the same however many others there are."""
+    if corruption.draws < 1:
+        raise ValueError(f"{type(corruption).__name__} needs at least one draw, not {corruption.draws}")
+    noise = [
+        torch.stack([gaussian(like.shape[1:], corruption.seed, row, draw) for draw in range(corruption.draws)])
+        for row in range(len(like))
+    ]
+    return torch.stack(noise).to(like.device)
 
 
 def _pixels(inputs: VLMInputs) -> Tensor:

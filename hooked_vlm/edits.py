@@ -6,6 +6,7 @@ Because an edit says what it touches, the library can tell what it cannot change
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.hooks import HookedModule, HookFunction, HookPoint, match_names
+from hooked_vlm.hooks import HookFunction, HookPoint, match_names
 from hooked_vlm.inputs import Span, VLMInputs
+from hooked_vlm.models import HookedVLM
 
-Positions = int | Sequence[int] | str | Span | Tensor | None
-"""Indices (negative ones from the end), a span or its name or its text, a boolean mask ``[p]`` or ``[b p]``, or all."""
+Indices = int | Sequence[int] | Tensor
+"""Indices (negative ones from the end), or a boolean mask."""
+
+Positions = Indices | str | Span | None
+"""Indices, a mask ``[p]`` or one for each row ``[b p]``, a span or its name or its text, or all."""
 
 SCORES = "hook_attn_scores"
+APART = ("hook_patch_embed", "hook_cls_embed")
+"""Hook points whose positions are not those of their tower's stream, which spans count."""
 
 
 class EditError(ValueError):
@@ -35,14 +42,14 @@ class Edit:
 
     Attributes:
         positions: along the position axis (for scores and patterns, the query axis); None for all.
-        heads: head indices; None for all.
-        neurons: indices along the last axis; None for all.
+        heads: along the head axis; None for all.
+        neurons: along the last axis; None for all.
     """
 
     site: str
     positions: Positions = field(default=None, kw_only=True)
-    heads: int | Sequence[int] | None = field(default=None, kw_only=True)
-    neurons: int | Sequence[int] | None = field(default=None, kw_only=True)
+    heads: Indices | None = field(default=None, kw_only=True)
+    neurons: Indices | None = field(default=None, kw_only=True)
 
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
         """What takes the place of the selected part; broadcasts against the activation."""
@@ -50,42 +57,57 @@ class Edit:
 
     def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Tensor:
         """The activation with the selected part edited. The given tensor is not written to."""
-        value = self.value(activation, hook).to(device=activation.device, dtype=activation.dtype)
-        try:
-            torch.broadcast_shapes(value.shape, activation.shape)
-            value = value.expand_as(activation)
-        except RuntimeError:
-            raise EditError(
-                f"{type(self).__name__} at {hook.name}: a value of shape {tuple(value.shape)} does not fit the "
-                f"activation's {tuple(activation.shape)}"
-            ) from None
+        value = self._fitted(self.value(activation, hook), activation, hook)
         return torch.where(self._selected(activation, hook, inputs), value, activation)
 
-    def hooks(self, model: HookedModule, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
+    def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
         """The hooks that carry the edit out; each notes in ``fired`` that it did."""
 
         def run(activation: Tensor, hook: HookPoint) -> Tensor:
             fired.add(hook.name)
             return self.apply(activation, hook, inputs)
 
-        return [(name, run) for name in match_names(self.site, model.hook_names)]
+        names = match_names(self.site, model.hook_names)
+        for name in names:
+            self._check_spans(model, model.hook_dict[name], inputs)
+        return [(name, run) for name in names]
+
+    def _places(self, hook: HookPoint) -> list[tuple[Positions, str]]:
+        """Positions, each with the axis that they are along."""
+        return [(self.positions, "q" if "q" in hook.axes else "p")]
+
+    def _check_spans(self, model: HookedVLM, hook: HookPoint, inputs: VLMInputs) -> None:
+        for positions, axis in self._places(hook):
+            span = inputs.positions(positions) if isinstance(positions, str) else positions
+            whose = _positions_of(hook, axis, model.towers)
+            if isinstance(span, Span) and axis in hook.axes and span.tower != whose:
+                other = f"{whose}'s" if whose else "not those of its tower's stream"
+                raise EditError(f"a span of {span.tower} cannot say positions at {hook.name}: they are {other}")
+
+    def _fitted(self, value: Any, activation: Tensor, hook: HookPoint) -> Tensor:
+        """``value`` as a tensor like the activation."""
+        value = torch.as_tensor(value, dtype=activation.dtype, device=activation.device)
+        try:
+            return value.expand_as(activation)
+        except RuntimeError:
+            raise EditError(
+                f"{type(self).__name__} at {hook.name}: a value of shape {tuple(value.shape)} does not fit the "
+                f"activation's {tuple(activation.shape)}"
+            ) from None
 
     def _selected(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Bool[Tensor, "..."]:
         selected = torch.ones((1,) * activation.ndim, dtype=torch.bool, device=activation.device)
-        position_axis = "q" if "q" in hook.axes else "p"
-        for indices, axis, what in (
-            (self.heads, "h", "heads"),
-            (self.neurons, hook.axes[-1], "neurons"),
-        ):
+        for indices, axis, what in ((self.heads, "h", "heads"), (self.neurons, hook.axes[-1], "neurons")):
             if indices is not None:
                 selected = selected & self._along(indices, axis, what, activation, hook)
-        if self.positions is not None:
-            rows = position_mask(self.positions, activation, hook, position_axis, inputs)
-            selected = selected & _spread(rows, hook.axes, position_axis)
+        for positions, axis in self._places(hook):
+            if positions is not None:
+                rows = position_mask(positions, activation, hook, axis, inputs)
+                selected = selected & _spread(rows, hook.axes, axis)
         return selected
 
     def _along(
-        self, indices: int | Sequence[int], axis: str, what: str, activation: Tensor, hook: HookPoint
+        self, indices: Indices, axis: str, what: str, activation: Tensor, hook: HookPoint
     ) -> Bool[Tensor, "..."]:
         if axis not in hook.axes:
             raise EditError(f"{hook.name} has no {what}: its axes are {' '.join(hook.axes)}")
@@ -107,8 +129,10 @@ class Replace(Edit):
         if isinstance(self.source, Tensor):
             return self.source
         if hook.name not in self.source:
-            held = ", ".join(list(self.source)[:4])
-            raise EditError(f"the source of Replace at {hook.name} has no such activation; it has {held}, ...")
+            nearest = difflib.get_close_matches(hook.name, list(self.source), n=4, cutoff=0)
+            raise EditError(
+                f"the source of Replace at {hook.name} has no such activation; nearest: {', '.join(nearest) or 'none'}"
+            )
         source = self.source[hook.name]
         if source.shape[1:] != activation.shape[1:] or len(source) not in (1, len(activation)):
             raise EditError(
@@ -125,7 +149,7 @@ class Add(Edit):
     amount: Tensor | float
 
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
-        return activation + _as_tensor(self.amount, activation)
+        return activation + self._fitted(self.amount, activation, hook)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +159,7 @@ class Scale(Edit):
     factor: Tensor | float
 
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
-        return activation * _as_tensor(self.factor, activation)
+        return activation * self._fitted(self.factor, activation, hook)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,15 +182,15 @@ class Mean(Edit):
         if self.mean is not None:
             return self.mean
         unknown = set(self.over.split()) - set(hook.axes)
-        if unknown:
-            raise EditError(f"Mean at {hook.name}: no axes {sorted(unknown)}; its axes are {' '.join(hook.axes)}")
+        if unknown or not self.over.split():
+            raise EditError(f"Mean at {hook.name} over {self.over!r}: its axes are {' '.join(hook.axes)}")
         dims = [hook.axes.index(axis) for axis in self.over.split()]
         return activation.mean(dims, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Noise(Edit):
-    """Gaussian noise, the same at every run for a seed, and for a row whatever the batch.
+    """Gaussian noise: the same in every run for a seed, other at each site and row, whatever the batch's size.
 
     ``"additive"`` adds N(0, std), in units of the row's own standard deviation at the site; ``"multiplicative"``
     multiplies by N(1, std).
@@ -176,14 +200,17 @@ class Noise(Edit):
     kind: Literal["additive", "multiplicative"] = "additive"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("additive", "multiplicative"):
+            raise EditError(f"Noise is 'additive' or 'multiplicative', not {self.kind!r}")
+
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
-        # Each site has draws of its own.
-        first_seed = self.seed + zlib.crc32(hook.name.encode())
-        noise = torch.stack([gaussian(first_seed + row, activation.shape[1:]) for row in range(len(activation))])
-        noise = noise.to(device=activation.device, dtype=activation.dtype)
+        noise = torch.stack(
+            [gaussian(activation.shape[1:], self.seed, hook.name, row) for row in range(len(activation))]
+        ).to(activation.device)
         if self.kind == "multiplicative":
             return activation * (1 + self.std * noise)
-        own = activation.flatten(1).std(dim=1).view(-1, *[1] * (activation.ndim - 1))
+        own = activation.flatten(1).float().std(dim=1).view(-1, *[1] * (activation.ndim - 1))
         return activation + self.std * own * noise
 
 
@@ -198,16 +225,15 @@ class BlockAttention(Edit):
     keys: Positions = None
 
     def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Tensor:
-        edges = self._selected(activation, hook, inputs)
-        if self.keys is not None:
-            keys = position_mask(self.keys, activation, hook, "k", inputs)
-            edges = edges & _spread(keys, hook.axes, "k")
-        return activation.masked_fill(edges, torch.finfo(activation.dtype).min)
+        return activation.masked_fill(self._selected(activation, hook, inputs), torch.finfo(activation.dtype).min)
 
-    def hooks(self, model: HookedModule, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
+    def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
         site = self.site if self.site.endswith(SCORES) else f"{self.site}.{SCORES}"
         blocked = super(BlockAttention, replace(self, site=site)).hooks(model, inputs, fired)
         return [hook for name, run in blocked for hook in self._with_dead_rows(name, run)]
+
+    def _places(self, hook: HookPoint) -> list[tuple[Positions, str]]:
+        return [*super()._places(hook), (self.keys, "k")]
 
     def _with_dead_rows(self, scores_name: str, block: HookFunction) -> list[tuple[str, HookFunction]]:
         dead: list[Tensor] = []
@@ -215,7 +241,9 @@ class BlockAttention(Edit):
         def scores(activation: Tensor, hook: HookPoint) -> Tensor:
             shut = block(activation, hook=hook)
             assert shut is not None
-            dead[:] = [shut.amax(-1, keepdim=True) <= torch.finfo(shut.dtype).min]
+            # A masked score is the dtype's lowest number, give or take the score that it was added to.
+            nothing_left = shut.amax(-1, keepdim=True) < torch.finfo(shut.dtype).min / 2
+            dead[:] = [nothing_left & (shut != activation).any(-1, keepdim=True)]
             return shut
 
         def pattern(activation: Tensor, hook: HookPoint) -> Tensor:
@@ -237,29 +265,35 @@ class Function(Edit):
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
         copy = activation.clone()
         result = self.fn(copy, hook=hook)
-        return copy if result is None else result
+        if result is None:
+            return copy
+        if not isinstance(result, Tensor) or result.shape != activation.shape:
+            returned = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise EditError(f"Function at {hook.name} returned {returned}; the activation is {tuple(activation.shape)}")
+        return result
 
 
 def edit_hooks(
-    model: HookedModule, inputs: VLMInputs, edits: Sequence[Edit], fired: set[str] | None = None
+    model: HookedVLM, inputs: VLMInputs, edits: Sequence[Edit], fired: set[str] | None = None
 ) -> list[tuple[str, HookFunction]]:
     """The hooks that carry ``edits`` out together, in their order."""
     fired = set() if fired is None else fired
     return [hook for edit in edits for hook in edit.hooks(model, inputs, fired)]
 
 
-def gaussian(seed: int, shape: Sequence[int]) -> Float[Tensor, "..."]:
-    """Standard normal numbers that depend on the seed alone, not on the device."""
+def gaussian(shape: Sequence[int], *key: int | str) -> Float[Tensor, "..."]:
+    """Standard normal numbers that depend on the key alone, not on the device."""
+    seed = zlib.crc32(repr(key).encode())
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def position_mask(
     positions: Positions, activation: Tensor, hook: HookPoint, axis: str, inputs: VLMInputs
-) -> Bool[Tensor, "1_or_b n"]:
+) -> Bool[Tensor, "#b n"]:
     """Which positions of an axis are meant, for all rows or for each.
 
     Raises:
-        EditError: positions out of range, or a span of another tower than the axis's.
+        EditError: positions out of range, or for other rows than the activation's.
     """
     if axis not in hook.axes:
         raise EditError(f"{hook.name} has no positions: its axes are {' '.join(hook.axes)}")
@@ -267,45 +301,46 @@ def position_mask(
     if isinstance(positions, str):
         positions = inputs.positions(positions)
     if isinstance(positions, Span):
-        _check_tower(positions, hook, axis)
-        if len(positions) not in (1, len(activation)):
-            raise EditError(f"a span of {len(positions)} rows at {hook.name}, whose batch has {len(activation)}")
-        rows = [_index_mask(row, size, "positions", hook.name) for row in positions.rows]
-        return torch.stack(rows).to(activation.device)
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        mask = positions if positions.ndim == 2 else positions[None]
-        if mask.shape[-1] != size or len(mask) not in (1, len(activation)):
-            raise EditError(
-                f"a mask of shape {tuple(positions.shape)} at {hook.name}: {len(activation)} rows, {size} positions"
-            )
-        return mask.to(activation.device)
-    indices = positions.tolist() if isinstance(positions, Tensor) else positions
-    assert indices is not None
-    return _index_mask(indices, size, "positions", hook.name)[None].to(activation.device)
+        mask = torch.stack([_index_mask(row, size, "positions", hook.name) for row in positions.rows])
+    elif isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 2:
+        mask = torch.stack([_index_mask(row, size, "positions", hook.name) for row in positions])
+    else:
+        assert positions is not None
+        mask = _index_mask(positions, size, "positions", hook.name)[None]
+    if len(mask) not in (1, len(activation)):
+        raise EditError(f"positions of {len(mask)} rows at {hook.name}, whose batch has {len(activation)}")
+    return mask.to(activation.device)
 
 
-def _check_tower(span: Span, hook: HookPoint, axis: str) -> None:
-    crosses = axis == "k" and ".cross_attn." in hook.name
-    if (span.tower == hook.tower) == crosses:
-        whose = "the other tower's" if crosses else f"{hook.tower}'s"
-        raise EditError(f"a span of {span.tower} cannot say positions at {hook.name}: they are {whose}")
+def _positions_of(hook: HookPoint, axis: str, towers: Sequence[str]) -> str | None:
+    """The tower whose stream an axis counts the positions of; cross-attention reads the tower before its own."""
+    if hook.name.endswith(APART) or hook.tower not in towers:
+        return None
+    reads_other = ".cross_attn." in hook.name and (axis == "k" or hook.name.endswith(("hook_k", "hook_v")))
+    return towers[towers.index(hook.tower) - reads_other]
 
 
-def _index_mask(indices: int | Sequence[int], size: int, what: str, name: str) -> Bool[Tensor, " n"]:
-    mask = torch.zeros(size, dtype=torch.bool)
-    listed = [indices] if isinstance(indices, int) else [int(index) for index in indices]
-    wrong = [index for index in listed if not -size <= index < size]
+def _index_mask(indices: Indices, size: int, what: str, name: str) -> Bool[Tensor, " n"]:
+    try:
+        chosen = torch.as_tensor(indices).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise EditError(f"{what} at {name} are whole numbers or a mask, not {indices!r}") from None
+    if chosen.dtype == torch.bool and chosen.ndim:
+        if chosen.shape != (size,):
+            raise EditError(f"a mask of {what} of shape {tuple(chosen.shape)} at {name}, which has {size}")
+        return chosen
+    if chosen.ndim > 1 or (chosen.is_floating_point() and chosen.numel()):
+        raise EditError(f"{what} at {name} are one list of whole numbers or a mask, not {indices!r}")
+    chosen = chosen.flatten().long()
+    wrong = chosen[(chosen < -size) | (chosen >= size)].tolist()
     if wrong:
         raise EditError(f"{what} {wrong} are out of range at {name}, which has {size}")
-    mask[listed] = True
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[chosen] = True
     return mask
 
 
-def _spread(rows: Bool[Tensor, "1_or_b n"], axes: tuple[str, ...], axis: str) -> Bool[Tensor, "..."]:
+def _spread(rows: Bool[Tensor, "#b n"], axes: tuple[str, ...], axis: str) -> Bool[Tensor, "..."]:
     shape = [1] * len(axes)
     shape[0], shape[axes.index(axis)] = rows.shape
     return rows.view(shape)
-
-
-def _as_tensor(number: Any, like: Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=like.dtype, device=like.device)

@@ -55,7 +55,12 @@ def whole_folder(folder: str | Path, *, replacing: Iterable[str] = ()) -> Iterat
 
 def _move_files(source: Path, target: Path, replacing: Iterable[str]) -> None:
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
-    stale = {path.relative_to(target) for pattern in replacing for path in target.glob(pattern)} - set(files)
+    matching = {path for pattern in replacing for path in target.glob(pattern) if path.is_file()}
+    stale = {path.relative_to(target) for path in matching if source not in path.parents} - set(files)
+    in_the_way = [target / file for file in files if (target / file).is_dir()]
+    in_the_way += [target / parent for file in files for parent in file.parents if (target / parent).is_file()]
+    if in_the_way:
+        raise FileExistsError(f"{in_the_way[0]} is in the way of what is to be written to {target}")
     for file in sorted(files):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)

@@ -15,6 +15,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -124,23 +125,25 @@ class HookPoint(nn.Module):
     ) -> HookHandle:
         """Attach ``hook(activation, hook=self)``. ``reads=True`` promises that it never writes."""
         if dir == "fwd":
-
-            def forward_hook(_module: nn.Module, _inputs: tuple[Tensor, ...], activation: Tensor) -> Tensor | None:
-                return self._checked(hook(activation, hook=self), activation, hook)
-
-            registered = self.register_forward_hook(forward_hook, prepend=prepend)
+            registered = self.register_forward_hook(partial(self._run_forward, hook), prepend=prepend)
         elif dir == "bwd":
-
-            def backward_hook(_module: nn.Module, _grad_in: Any, grad_out: tuple[Tensor, ...]) -> Any:
-                replacement = self._checked(hook(grad_out[0], hook=self), grad_out[0], hook)
-                return None if replacement is None else (replacement,)
-
-            registered = self.register_full_backward_hook(backward_hook, prepend=prepend)
+            registered = self.register_full_backward_hook(partial(self._run_backward, hook), prepend=prepend)
         else:
             raise HookError(f"dir must be 'fwd' or 'bwd', not {dir!r}")
         handle = HookHandle(self, hook, registered, dir, is_permanent, level, reads)
         self.handles.append(handle)
         return handle
+
+    def _run_forward(
+        self, hook: HookFunction, _module: nn.Module, _inputs: tuple[Tensor, ...], activation: Tensor
+    ) -> Tensor | None:
+        return self._checked(hook(activation, hook=self), activation, hook)
+
+    def _run_backward(
+        self, hook: HookFunction, _module: nn.Module, _grad_in: Any, grad_out: tuple[Tensor, ...]
+    ) -> tuple[Tensor] | None:
+        replacement = self._checked(hook(grad_out[0], hook=self), grad_out[0], hook)
+        return None if replacement is None else (replacement,)
 
     def _checked(self, replacement: Any, activation: Tensor, hook: HookFunction) -> Tensor | None:
         if replacement is None or replacement is activation:
@@ -186,8 +189,10 @@ class HookPoint(nn.Module):
 
     def slice_positions(self, activation: Tensor, positions: PositionSlice) -> Tensor:
         """``activation`` at some positions of its position (or query) axis; an int drops the axis."""
+        if positions is None:
+            return activation
         axis = next((self.axes.index(name) for name in ("p", "q") if name in self.axes), None)
-        if positions is None or axis is None:
+        if axis is None:
             return activation
         if isinstance(positions, Sequence):
             positions = torch.as_tensor(positions, device=activation.device)
@@ -245,9 +250,10 @@ def match_names(names: Names | None, known: Sequence[str]) -> list[str]:
         return selected
     if isinstance(names, str):
         names = [names]
+    every = set(known)
     wanted: set[str] = set()
     for name in names:
-        matches = [name] if name in known else fnmatch.filter(known, name) if is_pattern(name) else []
+        matches = [name] if name in every else fnmatch.filter(known, name) if is_pattern(name) else []
         if not matches:
             raise HookError(_no_such_name(name, known))
         wanted.update(matches)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def track(items: Sequence[Item], description: str, *, shown: bool) -> Iterator[Item]:
+def track(items: Sequence[Item], description: str, *, shown: bool) -> Generator[Item, None, None]:
     """``items``, under a bar with the time left, which goes away when it is done."""
     if not shown:
         yield from items

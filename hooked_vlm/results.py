@@ -42,9 +42,14 @@ def provenance(model: HookedVLM, method: str, **parameters: Any) -> dict[str, st
     }
     # netCDF keeps text and numbers; anything else goes as JSON.
     return {
-        name: value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else json.dumps(value)
+        name: value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else _json(value)
         for name, value in facts.items()
     }
+
+
+def _json(value: Any) -> str:
+    # Arrays and tensors as lists, paths and the like as text.
+    return json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
 
 
 def save(result: xr.Dataset, path: str | Path) -> None:

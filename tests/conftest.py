@@ -27,10 +27,10 @@ hypothesis.settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_configure() -> None:
-    """Share the cores among the processes of the run, so that they do not wait for one another."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread a process for the quick suite: its models are too small to share, and the processes fill the cores."""
+    if config.option.markexpr == "not slow":
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

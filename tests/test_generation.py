@@ -21,6 +21,15 @@ EOS = [(), (3,), (3, 11), (3, 11, 5, 8)]
 MAX_MIN_NEW_TOKENS = [(1, 0), (1, 1), (5, 0), (5, 3), (20, 0), (20, 3)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as these are only slowed down by a second thread, and badly where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Cached:
     """A Decoding around an HF model, which notes what it was fed."""
 
@@ -86,25 +95,28 @@ def cases(seed: object, count: int) -> Iterator[tuple[PreTrainedModel, Tensor, d
 
 @pytest.mark.parametrize("seed", range(3))
 def test_greedy_search_equals_hf(seed: int) -> None:
-    for model, prompt, limits in cases(seed, count=48):
+    for model, prompt, limits in cases(seed, count=16):
         assert_same(model, prompt, **limits)
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0, -1.0])
-@pytest.mark.parametrize("num_beams", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_beams", [2, 3, 4, 5])
 def test_beam_search_equals_hf(num_beams: int, length_penalty: float, early_stopping: bool | str) -> None:
     beams = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": early_stopping}
-    if num_beams == 1:
-        beams = {"num_beams": 1}  # HF ignores the others then, and says so in a warning a case
-    for model, prompt, limits in cases(beams, count=10):
+    for model, prompt, limits in cases(beams, count=4):
         assert_same(model, prompt, **limits, **beams)
+
+
+def test_one_beam_is_greedy_search_as_in_hf() -> None:
+    for model, prompt, limits in cases("one beam", count=12):
+        assert_same(model, prompt, num_beams=1, **limits)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_ties_of_bf16_fall_as_in_hf(family: str, num_beams: int) -> None:
-    for seed in range(6):
+    for seed in range(3):
         model = build(family, seed, dtype=torch.bfloat16)
         limits = {"max_new_tokens": 12, "eos_token_ids": (3, 11), "pad_token_id": PAD}
         assert_same(model, make_prompt(4, seed), num_beams=num_beams, **limits)
@@ -113,7 +125,7 @@ def test_ties_of_bf16_fall_as_in_hf(family: str, num_beams: int) -> None:
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 def test_with_fewer_tokens_than_candidates(early_stopping: bool | str) -> None:
     """Beams that are ruled out and eos tokens that are forbidden then fill the candidates."""
-    for seed in range(20):
+    for seed in range(8):
         limits = {"max_new_tokens": 6, "min_new_tokens": 2, "eos_token_ids": (3, 1), "pad_token_id": 5}
         model, prompt = build("llama", seed, vocab=7), make_prompt(4, seed, vocab=7)
         assert_same(model, prompt, num_beams=5, early_stopping=early_stopping, **limits)
@@ -133,13 +145,13 @@ def test_pads_as_hf_where_the_padding_token_is_0(num_beams: int) -> None:
 def test_cases_end_early_and_apart() -> None:
     """The comparisons above are worth something only if rows end at different lengths, and before they must."""
     ended_early, ended_apart = 0, 0
-    for model, prompt, limits in cases("any", count=48):
+    for model, prompt, limits in cases("any", count=24):
         found = beam_search(Cached(model), prompt, num_beams=3, **limits)
         ended_early += found.shape[1] < PROMPT_LENGTH + limits["max_new_tokens"]
         padded = (found[:, PROMPT_LENGTH:] == PAD).any(dim=1)
         ended_apart += bool(padded.any() and not padded.all())
-    assert ended_early >= 5
-    assert ended_apart >= 5
+    assert ended_early >= 3
+    assert ended_apart >= 3
 
 
 def test_greedy_tokens_are_found_one_at_a_time() -> None:

@@ -146,7 +146,6 @@ class HFBlip:
             bos_token_id=text.bos_token_id,
             eos_token_id=text.sep_token_id,
             pad_token_id=text.pad_token_id,
-            # The research code appends [DEC] and then [ENC] to BERT's vocabulary.
             enc_token_id=text.bos_token_id + 1,
             variant=hf_config.get(VARIANT, "hf"),
             label_smoothing=text.label_smoothing,
@@ -195,6 +194,8 @@ class ResearchBlip(HFBlip):
         text_config = {
             "hidden_size": words.shape[1],
             "vocab_size": words.shape[0],
+            # That code appends [DEC] and then [ENC] to BERT's vocabulary.
+            "bos_token_id": words.shape[0] - 2,
             "intermediate_size": state[f"{prefix}encoder.layer.0.intermediate.dense.weight"].shape[0],
             "num_hidden_layers": _count_layers(state, f"{prefix}encoder.layer."),
             "num_attention_heads": words.shape[1] // 64,

@@ -1,7 +1,7 @@
 """Where HF has the same tensor: a table of hook points, HF modules, and how to read the tensor there.
 
 "How" is spelled in words, a place and then what is done to the tensor found there: ``"output"``, ``"input, heads"``,
-``"output, first third, heads"``. A hook point whose tensor no HF module gives has no module, and the reason in its place.
+``"output, first third, heads"``. A hook point whose tensor no HF module gives has no module, and a reason instead.
 """
 
 from __future__ import annotations

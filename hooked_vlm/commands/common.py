@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
+
+    from hooked_vlm.models import HookedVLM
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+AttentionKind = Literal["eager", "sdpa"]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="What the weights are loaded as; by default as config.json says.")
+]
+AttentionOption = Annotated[
+    AttentionKind | None, typer.Option(help="How attention is computed; by default as HF does for this model.")
+]
 
 BAD_INPUT = 2
 """The exit code for input that cannot be used; typer's own for a wrong option."""
@@ -47,3 +59,17 @@ def console() -> Console:
 
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=UNLIMITED_WIDTH)
+
+
+def torch_dtype(name: Dtype | None) -> torch.dtype | None:
+    """The dtype of this name."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def load_model(name_or_path: str, dtype: Dtype | None = None, attention: AttentionKind | None = None) -> HookedVLM:
+    """A model as the options ask for it."""
+    from hooked_vlm.models import HookedVLM
+
+    return HookedVLM.from_pretrained(name_or_path, dtype=torch_dtype(dtype), attention=attention)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from hooked_vlm.commands.common import console, fail_clearly
+from hooked_vlm.commands.common import console, load_model
 
 if TYPE_CHECKING:
     from hooked_vlm.hooks import HookPoint
@@ -64,10 +64,9 @@ def _sizes(model: HookedVLM, point: HookPoint) -> str:
     return " ".join(str(known.get(axis) or axis) for axis in point.axes)
 
 
-@fail_clearly
 def hooks(
     model: Annotated[str, typer.Argument(help="Embedded name, folder in HF format, research file, or hub id.")],
-    tower: Annotated[Optional[str], typer.Option(help="Only this tower's, e.g. question_encoder.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Only this tower's, e.g. question_encoder.")] = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="A line for every layer.")] = False,
 ) -> None:
     """List every hook point: its name, its shape, and the HF module that holds the same tensor.
@@ -78,9 +77,7 @@ def hooks(
     from rich.table import Table
     from rich.text import Text
 
-    from hooked_vlm.models import HookedVLM
-
-    loaded = HookedVLM.from_pretrained(model)
+    loaded = load_model(model)
     lines = hook_table(loaded, tower=tower, all_layers=all_layers)
     table = Table(box=box.SIMPLE_HEAD, title=f"{model}: {type(loaded).__name__}")
     for title in ("hook point", "axes", "sizes", "HF"):
@@ -90,16 +87,13 @@ def hooks(
         table.add_row(Text(line.name), Text(line.axes), Text(line.sizes), hf)
     out = console()
     out.print(table)
-    layers = [f"{name} {len(loaded.get_submodule(name).blocks)}" for name in loaded.towers]  # type: ignore[arg-type]
+    towers = [f"{name} {len(loaded.get_submodule(name).blocks)}" for name in loaded.towers]  # type: ignore[arg-type]
     found = sum(line.has_counterpart for line in lines)
-    out.print(
-        f"{len(lines)} lines, {found} of them with a counterpart in HF; {len(loaded.hook_names)} hook points in all "
-        f"(layers: {', '.join(layers)}). b batch, p position, h head, q query, k key.",
-        soft_wrap=True,
-    )
+    out.print("Axes: b batch, p position, h head, q query, k key.")
+    out.print(f"The model has {len(loaded.hook_names)} hook points; layers: {', '.join(towers)}.", highlight=False)
+    out.print(f"{found} of these {len(lines)} lines have a counterpart in HF.", highlight=False)
 
 
-@fail_clearly
 def models() -> None:
     """List the embedded models, and the kinds of checkpoints that can be loaded."""
     from rich import box

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,10 +24,12 @@ from hooked_vlm.hooks import HookPoint, follow
 
 
 class Split(NamedTuple):
-    """One of q, k, v's own per-head input, and whether a hook has edited it."""
+    """One of q, k, v's own per-head input, as it was shown, and whether a hook has edited it."""
 
-    heads: Float[Tensor, "b p h d_model"]
+    shown: Float[Tensor, "b p h d_model"]
     edited: bool
+    normalize: Callable[[Tensor], Tensor] | None
+    """The LayerNorm between what was shown and what is projected, in pre-LN blocks."""
 
 
 @dataclass
@@ -133,11 +136,14 @@ class Attention(nn.Module):
         return self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
 
     def _project_split(self, projected: tuple[Tensor, ...], split: tuple[Split | None, ...]) -> tuple[Tensor, ...]:
-        weights = ((self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V))
         return tuple(
-            main if own is None else follow(main, own.edited, _per_head(own.heads, weight, bias), own.heads)
-            for main, own, (weight, bias) in zip(projected, split, weights, strict=True)
+            main if own is None else follow(main, own.edited, partial(self._project_heads, name, own), own.shown)
+            for name, main, own in zip(("q", "k", "v"), projected, split, strict=True)
         )
+
+    def _project_heads(self, name: Literal["q", "k", "v"], own: Split) -> Float[Tensor, "b p h d_head"]:
+        heads = own.shown if own.normalize is None else own.normalize(own.shown)
+        return einsum(heads, self._weight(name), "b p h m, h m d_head -> b p h d_head") + self._bias(name)
 
     def _other_keys(
         self, other: Float[Tensor, "b k d_other"], known: KeyValues | None
@@ -233,9 +239,3 @@ class Attention(nn.Module):
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         return self.o.bias
-
-
-def _per_head(
-    heads: Float[Tensor, "b p h d_model"], weight: Float[Tensor, "h d_model d_head"], bias: Float[Tensor, "h d_head"]
-) -> Callable[[], Float[Tensor, "b p h d_head"]]:
-    return lambda: einsum(heads, weight, "b p h m, h m d_head -> b p h d_head") + bias

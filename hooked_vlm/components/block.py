@@ -68,8 +68,8 @@ class Block(nn.Module):
 
     def _own_copies(self, point: HookPoint, attn_in: Float[Tensor, "b p d_model"], norm: LayerNorm | None) -> Split:
         copies = attn_in.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
-        heads, edited = point.show(copies.clone() if point.is_edited else copies)
-        return Split(heads if norm is None else norm.normalize(heads), edited)
+        shown, edited = point.show(copies.clone() if point.is_edited else copies)
+        return Split(shown, edited, None if norm is None else norm.normalize)
 
 
 class PreNormBlock(Block):

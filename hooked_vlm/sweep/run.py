@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +20,7 @@ from hooked_vlm.progress import track
 @torch.no_grad()
 def sweep(
     model: HookedVLM,
-    inputs: VLMInputs,
+    inputs: VLMInputs | Mapping[str, Any],
     edit_sets: Sequence[Sequence[Edit]],
     metric: Metric,
     *,
@@ -36,5 +38,6 @@ def sweep(
     """
     if not edit_sets:
         raise ValueError("sweep needs at least one edit set")
-    runs = track(edit_sets, "patching", shown=progress)
-    return torch.stack([metric(model.patch(inputs, [*base, *edits])) for edits in runs])
+    # Closed also by an error: the bar must not outlive it.
+    with closing(track(edit_sets, "patching", shown=progress)) as runs:
+        return torch.stack([metric(model.patch(inputs, [*base, *edits])) for edits in runs])

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from rich.table import Table
 
 from hooked_vlm.data.shapes import KINDS, ShapesSample, generate
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TOY = "toy-blip-vqa"
 
@@ -24,6 +23,7 @@ Scores = dict[str, dict[str, float]]
 """kind -> {"exact", "sip", "str", "n"}: three shares between 0 and 1, and the number of samples of the kind."""
 
 
+@runtime_checkable
 class Answers(Protocol):
     """What :func:`evaluate` needs of a model; :class:`hooked_vlm.HookedVLM` has it."""
 
@@ -61,8 +61,6 @@ def evaluate(model: Answers, n: int = 2000, seed: int = EVALUATION_SEED, batch_s
 
 def table(scores: Scores, title: str = "exact answers and flips") -> Table:
     """The scores as a rich table."""
-    from rich.table import Table
-
     view = Table("kind", "samples", "exact", "SIP flips", "STR flips", title=title)
     for kind, row in scores.items():
         view.add_row(kind, str(int(row["n"])), *(f"{row[name]:.1%}" for name in ("exact", "sip", "str")))

@@ -25,9 +25,9 @@ class Row:
     """HF's module, and how the tensor is read there."""
     shape: tuple[int, ...]
     difference: float
-    """max \\|ours - HF\\|; infinite where the two cannot be compared."""
+    """The largest absolute one; infinite where the two cannot be compared."""
     relative: float
-    """``difference`` / max \\|HF\\|."""
+    """``difference`` as a share of the largest magnitude in HF's tensor."""
     equal: bool
     """Every bit."""
     passed: bool

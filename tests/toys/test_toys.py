@@ -14,7 +14,7 @@ LARGEST = 8 * 2**20
 
 @pytest.fixture(scope="module")
 def scores():
-    return evaluate(HookedVLM.from_pretrained(TOY), n=400, seed=11)
+    return evaluate(HookedVLM.from_pretrained(TOY), n=300, seed=11)
 
 
 def test_the_folder_is_small():
@@ -36,7 +36,7 @@ def test_hf_reads_it_and_it_answers_the_demo(processor_class):
     assert not info["unexpected_keys"]
     assert model.dtype == torch.float32
     inputs = processor(images=one.image, text=one.question, return_tensors="pt")
-    answer = processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
+    answer = processor.decode(model.generate(**inputs, max_new_tokens=4)[0], skip_special_tokens=True)
     assert (one.kind, answer) == ("color", one.answer)
 
 
@@ -51,12 +51,12 @@ def test_pictures_are_not_resized():
 def test_every_word_is_one_token():
     tokenizer = BlipProcessor.from_pretrained(toys.folder(TOY)).tokenizer
     assert tokenizer.pad_token_id == 0
-    texts = [text for one in generate(200, seed=5) for text in (one.question, one.answer, one.str_.question)]
+    texts = [text for one in generate(100, seed=5) for text in (one.question, one.answer, one.str_.question)]
     for text in [*texts, *COLORS, *SHAPES]:
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text.split()) + 2
         assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids[1:-1]) == text
+        assert tokenizer.convert_ids_to_tokens(ids[1:-1]) == text.split()
 
 
 def test_the_answer_ends_at_sep():
@@ -68,7 +68,7 @@ def test_the_answer_ends_at_sep():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_answers_every_kind(scores, kind):
-    assert scores[kind]["n"] > 60
+    assert scores[kind]["n"] > 50
     assert scores[kind]["exact"] >= 0.97
     assert scores[kind]["sip"] >= 0.95
     assert scores[kind]["str"] >= 0.95
@@ -81,7 +81,10 @@ def test_what_it_scores_is_printed_as_a_table(scores):
 
 def test_a_padded_question_is_answered_like_one_alone():
     model = HookedVLM.from_pretrained(TOY)
-    samples = list(generate(40, seed=12))
-    together = model.generate(model.prepare([one.image for one in samples], [one.question for one in samples]))
-    alone = [model.generate(model.prepare([one.image], [one.question]))[0] for one in samples]
+    samples = list(generate(12, seed=12))
+    together = model.generate(
+        model.prepare([one.image for one in samples], [one.question for one in samples]), max_new_tokens=4
+    )
+    alone = [model.generate(model.prepare([one.image], [one.question]), max_new_tokens=4)[0] for one in samples]
+    assert len({len(one.question.split()) for one in samples}) > 1
     assert together == alone

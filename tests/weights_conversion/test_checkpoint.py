@@ -1,0 +1,205 @@
+"""Files that are damaged, incomplete or something else: one error that says which, and nothing is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weights_conversion import CheckpointError, family_of_config, open_checkpoint
+from weights_conversion.blip import BLIP
+
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
+
+
+def refused(path: Path, message: str) -> None:
+    """Opening and reading everything gives this error, which names the file."""
+    with pytest.raises(CheckpointError, match=message) as caught:
+        dict(open_checkpoint(path).state)
+    assert str(path) in str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a config and no weights yet."""
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    return tmp_path
+
+
+def index(folder: Path, name: str, weight_map: Any) -> None:
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing"):
+        open_checkpoint(tmp_path / "nothing")
+
+
+def test_a_folder_without_weights_says_what_is_expected(folder: Path) -> None:
+    (folder / "tf_model.h5").write_bytes(b"")
+    refused(
+        folder, "no weights in .*: expected one of model.safetensors, model.safetensors.index.json, pytorch_model.bin"
+    )
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    refused(tmp_path, "has no config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json is not JSON: Expecting"),
+        ("", "config.json is not JSON"),
+        ("[1, 2]", "holds a JSON list, not an object"),
+        ("null", "holds a JSON NoneType"),
+    ],
+)
+def test_a_config_that_is_no_json_object(folder: Path, text: str, message: str) -> None:
+    (folder / "config.json").write_text(text)
+    refused(folder, message)
+
+
+def test_a_config_that_is_no_text(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00{")
+    refused(folder, "is not JSON")
+
+
+def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
+    (tmp_path / "model.h5").write_bytes(b"x")
+    refused(tmp_path / "model.h5", r"neither a folder with config.json nor a .safetensors/.pth")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_a_truncated_file(folder: Path, form: str, kept: float) -> None:
+    path = folder / form
+    state = {"a": torch.arange(1000.0)}
+    save_file(state, path) if form.endswith("safetensors") else torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(CheckpointError, match=rf"{form} is not a whole .*; fetch it again"):
+        dict(open_checkpoint(folder).state)
+
+
+def test_a_truncated_shard(folder: Path) -> None:
+    save_file({"a": STATE["a"]}, folder / "one.safetensors")
+    save_file({"b": STATE["b"]}, folder / "two.safetensors")
+    index(folder, "model.safetensors.index.json", {"a": "one.safetensors", "b": "two.safetensors"})
+    assert torch.equal(open_checkpoint(folder).state["b"], STATE["b"])
+    (folder / "two.safetensors").write_bytes((folder / "two.safetensors").read_bytes()[:-3])
+    refused(folder, "two.safetensors is not a whole safetensors file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_that_names_a_shard_that_is_missing(folder: Path, name: str) -> None:
+    index(folder, name, {"a": "one", "b": "two", "c": "two"})
+    (folder / "one").write_bytes(b"")
+    refused(folder, f"{name} names shards that are not in the folder: two$")
+
+
+@pytest.mark.parametrize("weight_map", [None, ["a"]])
+def test_an_index_without_a_map(folder: Path, weight_map: Any) -> None:
+    index(folder, "model.safetensors.index.json", weight_map)
+    refused(folder, "has no weight_map")
+
+
+def test_an_index_that_promises_a_key_that_its_shard_lacks(folder: Path) -> None:
+    save_file({"a": STATE["a"]}, folder / "one.safetensors")
+    index(folder, "model.safetensors.index.json", {"a": "one.safetensors", "b": "one.safetensors"})
+    refused(folder, "one.safetensors does not hold b")
+
+
+class Payload:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("hidden_in", ["the state", "beside it"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, hidden_in: str, zipped: bool) -> None:
+    witness = tmp_path / "was_run"
+    payload = Payload(f"touch {witness}")
+    held = {"model": {**STATE, "c": payload}} if hidden_in == "the state" else {"model": STATE, "config": payload}
+    path = tmp_path / "model.pth"
+    torch.save(held, path, _use_new_zipfile_serialization=zipped)
+    refused(path, r"holds more than tensors, and unpickling that could run code \(\w+.system\)")
+    assert not witness.exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert witness.exists()
+
+
+@pytest.mark.parametrize("held", [[1, 2], {"model": [1]}, {"a": 1.0}, {"model": {"a": "text"}}, torch.ones(2)])
+def test_a_file_without_a_dictionary_of_tensors(tmp_path: Path, held: Any) -> None:
+    torch.save(held, tmp_path / "model.pth")
+    refused(tmp_path / "model.pth", "holds no dictionary of tensors")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_no_damage_gives_another_error(tmp_path: Path, form: str) -> None:
+    path = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
+    save_file(STATE, path) if form == "safetensors" else torch.save(
+        {"model": STATE}, path, _use_new_zipfile_serialization=form == "zip"
+    )
+    whole = path.read_bytes()
+    refusals = 0
+    rng = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.3 else whole)
+        for _ in range(min(rng.randrange(1, 5), len(damaged))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.unlink()
+        path.write_bytes(damaged)
+        try:
+            dict(open_checkpoint(path).state)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refusals += 1
+    assert refusals > 30
+
+
+# What config.json says ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llava", None, ["blip"]])
+def test_an_unsupported_model_type_lists_those_supported(model_type: Any) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"unsupported model_type {model_type!r}; supported: blip")):
+        family_of_config({"model_type": model_type})
+
+
+def test_an_unsupported_architecture_lists_those_supported() -> None:
+    expected = "BlipModel; supported: BlipForQuestionAnswering, BlipForConditionalGeneration, BlipForImageTextRetrieval"
+    with pytest.raises(CheckpointError, match=expected):
+        BLIP.config({"model_type": "blip", "architectures": ["BlipModel"]}, {})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"vision_config": "large"}, "config.json is not one of a BLIP model: .*vision_config"),
+        ({"text_config": {"hidden_size": "wide"}}, "config.json is not one of a BLIP model: .*hidden_size"),
+        ({"dtype": "float33"}, "config.json is not one of a BLIP model: .*float33"),
+        ({"text_config": {"num_attention_heads": 5}}, "text_config .* hidden_size 768, num_attention_heads 5"),
+        ({"vision_config": {"num_attention_heads": 0}}, "vision_config .* hidden_size 768, num_attention_heads 0"),
+        ({"vision_config": {"image_size": [384, 480]}}, r"only square images.*not image_size \[384, 480\]"),
+        ({"text_config": {"is_decoder": False}}, "is_decoder is false"),
+        ({"text_config": {"bos_token_id": None}}, "text_config.bos_token_id is None, not a token id"),
+    ],
+)
+def test_a_config_that_cannot_be(entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        BLIP.config({"model_type": "blip", **entries}, {})
