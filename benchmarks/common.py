@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ class Comparison:
     times: tuple[float, ...]
     reference_times: tuple[float, ...]
     goal: float | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ratios(self) -> list[float]:
@@ -55,42 +54,41 @@ COMPARISON_COLUMNS = ("this", "against", "this, ms", "against, ms", "ratio", "ha
 
 def compare(
     what: str,
-    call: Callable[[], Any],
+    measure: Callable[[], float],
     reference: str,
-    reference_call: Callable[[], Any],
+    measure_reference: Callable[[], float],
     *,
     repeats: int,
-    calls: int = 1,
     goal: float | None = None,
 ) -> Comparison:
-    """Time two functions side by side: one pair a repeat, which of the two comes first taking turns.
+    """Measure two things side by side: a pair a repeat, which of the two comes first taking turns."""
+    times: list[float] = []
+    reference_times: list[float] = []
+    pair = [(measure, times), (measure_reference, reference_times)]
+    for _ in range(repeats):
+        for measured, into in pair:
+            into.append(measured())
+        pair.reverse()
+    return Comparison(what, reference, tuple(times), tuple(reference_times), goal)
 
-    Each sample is ``calls`` calls in a row, after one that is not timed: what the other of the pair left behind
-    (memory given back, caches cold) is not this one's fault.
+
+def seconds(call: Callable[[], Any], calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call: the mean of ``calls`` in a row, after one that is not timed.
+
+    What was measured before (memory given back, caches cold) is not this one's fault.
     """
-    times: dict[Callable[[], Any], list[float]] = {call: [], reference_call: []}
-    pair = [call, reference_call]
     collecting = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
-        for _ in range(repeats):
-            for timed in pair:
-                times[timed].append(seconds(timed, calls))
-                gc.collect()
-            pair.reverse()
+        call()
+        start = clock()
+        for _ in range(calls):
+            call()
+        return (clock() - start) / calls
     finally:
         if collecting:
             gc.enable()
-    return Comparison(what, reference, tuple(times[call]), tuple(times[reference_call]), goal)
-
-
-def seconds(call: Callable[[], Any], calls: int) -> float:
-    """Wall time of one call, as the mean of ``calls`` after a first one."""
-    call()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -95,6 +95,8 @@ class VLMInputs:
                 )
             if name != "pixel_values" and value.ndim != 2:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be [b p]")
+            if name != "pixel_values" and value.shape[1] == 0:
+                raise ValueError(f"{name} hold no tokens")
             if value.is_floating_point() != (name == "pixel_values"):
                 wanted = "floats, normalised as the processor does" if name == "pixel_values" else "whole numbers"
                 raise TypeError(f"{name} is {value.dtype}; it should hold {wanted}")
@@ -108,11 +110,31 @@ class VLMInputs:
         """``inputs`` as they are, or made from an HF batch."""
         if isinstance(inputs, VLMInputs):
             return inputs
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs are a {type(inputs).__name__}; give what model.prepare or an HF processor returns")
         known = {entry.name for entry in fields(cls)}
         unknown = [name for name in inputs if name not in known]
         if unknown:
             raise ValueError(f"inputs have unknown entries {unknown}; known: {sorted(known)}")
         return cls(**inputs)
+
+    def checked(self, d_vocab: int) -> VLMInputs:
+        """These inputs, for a model that sees three channels and has a vocabulary of ``d_vocab`` tokens.
+
+        Raises:
+            ValueError: pixel values of another shape; token ids that the model does not have.
+        """
+        if self.pixel_values is not None and (self.pixel_values.ndim != 4 or self.pixel_values.shape[1] != 3):
+            raise ValueError(f"pixel_values have shape {tuple(self.pixel_values.shape)}; give [b 3 height width]")
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = getattr(self, name)
+            if ids is None or len(ids) == 0:
+                continue
+            lowest, highest = (int(bound) for bound in ids.aminmax())
+            if lowest < 0 or highest >= d_vocab:
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(f"{name} hold {wrong}, and the model's tokens are 0 to {d_vocab - 1}")
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by HF's name."""
@@ -189,11 +211,14 @@ def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, .
             f"{wanted!r} occurs {len(matches)} times in {piece.text!r}; there is no occurrence {occurrence}"
         )
     start, end = matches[occurrence or 0].span()
-    return tuple(
+    positions = tuple(
         position
         for position, offset in enumerate(piece.offsets)
         if offset is not None and offset[0] < end and offset[1] > start
     )
+    if not positions:
+        raise SpanError(f"{wanted!r} has no tokens of its own in {piece.text!r}")
+    return positions
 
 
 def _pattern(wanted: str) -> str:

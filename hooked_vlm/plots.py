@@ -92,7 +92,8 @@ def _draw_images(figure: Any, images: Sequence[tuple[str, Any]]) -> None:
     for axes, (caption, image) in zip(figure.subplots(len(images), 1, squeeze=False)[:, 0], images, strict=True):
         axes.imshow(image)
         axes.set_title(caption, fontsize=8)
-        axes.set_axis_off()
+        axes.set_xticks([])
+        axes.set_yticks([])
 
 
 def _draw_heatmap(

@@ -42,9 +42,9 @@ def family_of_config(hf_config: Mapping[str, Any]) -> Family:
         CheckpointError: a ``model_type`` that no family reads; lists those supported.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if str(model_type) not in FAMILIES:
         raise CheckpointError(f"unsupported model_type {model_type!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    return FAMILIES[str(model_type)]
 
 
 def family_of_state(keys: Iterable[str]) -> Family:

@@ -65,7 +65,7 @@ def trace(
             hooked.prepare(picture, text),
             corruption,
             towers=tower,
-            sites=site,  # type: ignore[arg-type]
+            sites=site,
             width=window,
             direction=direction,
             all_positions=True,

@@ -19,7 +19,7 @@ from torch import Tensor
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption, describe
 from hooked_vlm.edits import Replace, edit_hooks
-from hooked_vlm.experiments.sites import SiteKind, WindowConvention, site_kinds, site_name, window
+from hooked_vlm.experiments.sites import WindowConvention, site_kinds, site_name, window
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.metrics import LogitDifference, Probability, Together, at, normalized
 from hooked_vlm.models import HookedVLM
@@ -40,7 +40,7 @@ class Cell:
     """One patch: a kind of state of a tower, at a position, over a window of layers around one."""
 
     tower: str
-    site: SiteKind
+    site: str
     layer: int
     position: int
 
@@ -52,7 +52,7 @@ def causal_trace(
     corruption: Corruption,
     *,
     towers: Sequence[str] | None = None,
-    sites: Sequence[SiteKind] | None = None,
+    sites: Sequence[str] | None = None,
     width: int = 1,
     convention: WindowConvention = "centered",
     direction: Direction = "denoising",
@@ -154,7 +154,7 @@ def _cells(
     model: HookedVLM,
     clean: VLMInputs,
     towers: Sequence[str],
-    sites: Sequence[SiteKind] | None,
+    sites: Sequence[str] | None,
     all_positions: bool,
 ) -> list[Cell]:
     cells = []

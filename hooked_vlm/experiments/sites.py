@@ -11,7 +11,7 @@ SITE_KINDS: tuple[SiteKind, ...] = ("resid", "attn", "cross_attn", "mlp")
 WindowConvention = Literal["centered", "radius"]
 
 
-def site_name(model: HookedVLM, tower: str, kind: SiteKind, layer: int) -> str:
+def site_name(model: HookedVLM, tower: str, kind: str, layer: int) -> str:
     """The hook point of a kind of site: the stream that the next layer reads, or what a sub-layer adds.
 
     Raises:

@@ -168,7 +168,7 @@ class HookedVLM(HookedModule):
         """What each position of a tower stands for, row by row, for axes; empty strings for padding."""
 
     def _inputs(self, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:
-        return VLMInputs.of(inputs).to(self.device)
+        return VLMInputs.of(inputs).checked(self.config.text.d_vocab).to(self.device)
 
     def patch(self, inputs: VLMInputs | Mapping[str, Any], edits: Sequence[Edit]) -> Float[Tensor, "b p d_vocab"]:
         """The logits of a run in which ``edits`` apply together.

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def record(hf_model: nn.Module, inputs: VLMInputs, wanted: Mapping[str, Counterp
         else:
             modules.setdefault(side.module, set()).add(side)
     handles = [
-        hf_model.get_submodule(name).register_forward_hook(_keeper(sides, run, kept), with_kwargs=True)
+        hf_model.get_submodule(name).register_forward_hook(partial(_keep, sides, run, kept), with_kwargs=True)
         for name, sides in modules.items()
     ]
     try:
@@ -220,18 +221,24 @@ def record(hf_model: nn.Module, inputs: VLMInputs, wanted: Mapping[str, Counterp
             handle.remove()
 
 
-def _keeper(sides: set[Counterpart], run: Run, kept: Kept) -> Any:
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # HF passes many inputs by keyword.
-        first_input = args[0] if args else next(iter(kwargs.values()), None)
-        for side in sides:
-            if kept.has(run, side):
-                continue
-            tensor = side.read(first_input, output)
-            # HF adds the position embeddings to the token embeddings in place.
-            kept.put(run, side, tensor.clone() if isinstance(module, nn.Embedding) else tensor)
-
-    return keep
+def _keep(
+    sides: set[Counterpart],
+    run: Run,
+    kept: Kept,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    """What hangs on HF's modules. The last four arguments are those of a forward hook."""
+    # HF passes many inputs by keyword.
+    first_input = args[0] if args else next(iter(kwargs.values()), None)
+    for side in sides:
+        if kept.has(run, side):
+            continue
+        tensor = side.read(first_input, output)
+        # HF adds the position embeddings to the token embeddings in place.
+        kept.put(run, side, tensor.clone() if isinstance(module, nn.Embedding) else tensor)
 
 
 @torch.no_grad()

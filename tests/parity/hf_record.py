@@ -152,7 +152,9 @@ def recording(hf: nn.Module, task: str) -> Iterator[dict[str, Tensor]]:
     def watch(name: str, module: nn.Module, read: Read) -> Any:
         def hook(_module: nn.Module, args: tuple, kwargs: dict, made: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()), None)
-            if name not in record:  # BLIP applies its last vision LayerNorm again, to a pooled output that no task reads
+            if (
+                name not in record
+            ):  # BLIP applies its last vision LayerNorm again, to a pooled output that no task reads
                 record[name] = read(given, made).detach().clone()
 
         return module.register_forward_hook(hook, with_kwargs=True)

@@ -1,0 +1,115 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hooked_vlm.files import whole_file, whole_folder
+
+
+class Broken(Exception):
+    pass
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["result.nc", "deep/er/result.nc", "noextension"])
+def test_a_file_appears_when_it_is_whole(name: str, tmp_path: Path) -> None:
+    with whole_file(tmp_path / name) as temporary:
+        temporary.write_text("half")
+        assert not (tmp_path / name).exists()
+        assert temporary.suffix == Path(name).suffix
+        temporary.write_text("whole")
+    assert (tmp_path / name).read_text() == "whole"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+@pytest.mark.parametrize("name", ["old", "new", "deep/er/new"])
+def test_a_file_that_fails_leaves_all_as_it_was(name: str, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("before")
+    with pytest.raises(Broken), whole_file(tmp_path / name) as temporary:
+        temporary.write_text("half")
+        raise Broken
+    assert files_below(tmp_path) == {"old"}
+    assert (tmp_path / "old").read_text() == "before"
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder, not a file"), whole_file(tmp_path):
+        pass
+    assert files_below(tmp_path) == set()
+
+
+def fill(folder: Path) -> None:
+    (folder / "a").write_text("new")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "b").write_text("new")
+
+
+@pytest.mark.parametrize("name", ["new", "deep/er/new"])
+def test_a_folder_appears_when_it_is_whole(name: str, tmp_path: Path) -> None:
+    with whole_folder(tmp_path / name) as temporary:
+        fill(temporary)
+        assert not (tmp_path / name).exists()
+    assert files_below(tmp_path / name) == {"a", "inner", "inner/b"}
+    assert len(list((tmp_path / name).parent.iterdir())) == 1
+
+
+def test_files_move_into_a_folder_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("a", "inner/b", "inner/mine", "mine", "stale-1", "stale-2"):
+        (tmp_path / name).write_text("before")
+    with whole_folder(tmp_path, replacing=["stale-*", "a"]) as temporary:
+        fill(temporary)
+        (temporary / "stale-2").write_text("new")
+        assert (tmp_path / "a").read_text() == "before"
+    assert files_below(tmp_path) == {"a", "inner", "inner/b", "inner/mine", "mine", "stale-2"}
+    new = {name for name in ("a", "inner/b", "inner/mine", "mine", "stale-2") if (tmp_path / name).read_text() == "new"}
+    assert new == {"a", "inner/b", "stale-2"}
+
+
+@pytest.mark.parametrize("name", [".", "new", "deep/er/new"])
+def test_a_folder_that_fails_leaves_all_as_it_was(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(Broken), whole_folder(tmp_path / name, replacing=["a"]) as temporary:
+        fill(temporary)
+        raise Broken
+    assert files_below(tmp_path) == {"a"}
+    assert (tmp_path / "a").read_text() == "before"
+
+
+def test_an_interruption_is_a_failure_too(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "new") as temporary:
+        fill(temporary)
+        raise KeyboardInterrupt
+    assert files_below(tmp_path) == set()
+
+
+def test_an_existing_folder_is_written_from_within(tmp_path: Path) -> None:
+    """Its parent may be closed to us, or another disk."""
+    (tmp_path / "mine").mkdir()
+    with whole_folder(tmp_path / "mine") as temporary:
+        assert temporary.parent == tmp_path / "mine"
+        fill(temporary)
+    assert files_below(tmp_path) == {"mine", "mine/a", "mine/inner", "mine/inner/b"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_modes_are_those_of_any_other_file(umask: int, folder: int, file: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "new") as temporary:
+            fill(temporary)
+        with whole_file(tmp_path / "file") as temporary:
+            temporary.write_text("new")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"new": folder, "inner": folder, "a": file, "b": file, "file": file}
