@@ -13,43 +13,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 PACKAGES = ("torch", "transformers", "safetensors")
 
 
+UNITS = {"ms": 1e-3, "MiB": 2.0**20}
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to do the same, measured in turn. ``times`` and ``reference_times`` are seconds, pair by pair."""
+    """Two things measured in turn, pair by pair, in seconds or bytes; shown in ``unit``."""
 
     what: str
-    reference: str
-    times: tuple[float, ...]
-    reference_times: tuple[float, ...]
+    against: str
+    values: tuple[float, ...]
+    reference_values: tuple[float, ...]
     goal: float | None = None
+    unit: Literal["ms", "MiB"] = "ms"
+
+    columns: ClassVar[tuple[str, ...]] = ("", "against", "this", "that", "ratio", "middle half", "goal")
 
     @property
-    def ratios(self) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(self.times, self.reference_times, strict=True)]
+    def ratios(self) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of the ratio of each pair."""
+        return quartiles([value / other for value, other in zip(self.values, self.reference_values, strict=True)])
 
     def row(self) -> tuple[str, ...]:
-        low, middle, high = quartiles(self.ratios)
+        low, middle, high = self.ratios
+        medians = (statistics.median(values) / UNITS[self.unit] for values in (self.values, self.reference_values))
         return (
             self.what,
-            self.reference,
-            milliseconds(self.times),
-            milliseconds(self.reference_times),
+            self.against,
+            *(f"{value:.{0 if value >= 100 else 1}f} {self.unit}" for value in medians),
             f"{middle:.3f}",
             f"{low:.3f} to {high:.3f}",
             "" if self.goal is None else f"{self.goal:g}",
         )
 
     def record(self) -> dict[str, Any]:
-        low, middle, high = quartiles(self.ratios)
+        low, middle, high = self.ratios
         return {**asdict(self), "ratio": middle, "ratio_quartiles": [low, high]}
-
-
-COMPARISON_COLUMNS = ("this", "against", "this, ms", "against, ms", "ratio", "half of the ratios", "goal")
 
 
 def compare(
@@ -97,10 +101,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def milliseconds(times: Sequence[float]) -> str:
-    return f"{1e3 * statistics.median(times):.3g}"
 
 
 def machine() -> dict[str, str]:

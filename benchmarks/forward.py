@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import COMPARISON_COLUMNS, Comparison, compare, parser, report, seconds
+from benchmarks.common import Comparison, compare, parser, report, seconds
 from benchmarks.models import SMALL, TINY, VQA_BASE, Size
 from hooked_vlm import HookedVLM, HookPoint, VLMInputs
 
@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     report(
         f"Forward, batch of {chosen.batch}, float32, no gradients",
-        ("size", *COMPARISON_COLUMNS),
+        ("size", *Comparison.columns),
         [(name, *comparison.row()) for name, rows in found.items() for comparison in rows],
         [{"size": name, **comparison.record()} for name, rows in found.items() for comparison in rows],
         [

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from functools import partial
 
-from benchmarks.common import COMPARISON_COLUMNS, compare, parser, report
+from benchmarks.common import Comparison, compare, parser, report
 
 TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     report(
         "Importing, in fresh processes",
-        COMPARISON_COLUMNS,
+        Comparison.columns,
         [row.row()],
         [row.record()],
         ["Wall time of the import statement; hooked_vlm's includes torch's. Files are in the page cache."],

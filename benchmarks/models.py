@@ -81,3 +81,5 @@ SMALL = Size(d_model=256, n_layers=12, n_heads=4, image=48, vocabulary=2048, que
 
 TINY = Size(d_model=32, n_layers=12, n_heads=2, image=48, vocabulary=2048, question=16, answer=16)
 """Narrower still: arithmetic is all but free, and what is left is Python and the dispatch of kernels."""
+
+SIZES = {"vqa-base": VQA_BASE, "small": SMALL, "tiny": TINY}

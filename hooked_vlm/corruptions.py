@@ -163,7 +163,7 @@ class CounterfactualQuestion:
 
 def describe(corruption: Corruption) -> dict[str, Any]:
     """A corruption's kind and parameters, for a result's provenance; of pictures, where they lie."""
-    names = [field.name for field in fields(corruption)] if is_dataclass(corruption) else []
+    names: list[str] = [field.name for field in fields(corruption)] if is_dataclass(corruption) else []
     parameters = {name: getattr(corruption, name) for name in names}
     if isinstance(corruption, CounterfactualImage):
         listed = corruption.images if isinstance(corruption.images, (list, tuple)) else [corruption.images]

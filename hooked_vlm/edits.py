@@ -330,7 +330,8 @@ def _index_mask(indices: Indices, size: int, what: str, name: str) -> Bool[Tenso
             raise EditError(f"a mask of {what} of shape {tuple(chosen.shape)} at {name}, which has {size}")
         return chosen
     if chosen.ndim > 1 or (chosen.is_floating_point() and chosen.numel()):
-        raise EditError(f"{what} at {name} are one list of whole numbers or a mask, not {indices!r}")
+        given = f"{chosen.dtype} of shape {tuple(chosen.shape)}"
+        raise EditError(f"{what} at {name} are one list of whole numbers or a mask, not {given}")
     chosen = chosen.flatten().long()
     wrong = chosen[(chosen < -size) | (chosen >= size)].tolist()
     if wrong:

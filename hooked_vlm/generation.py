@@ -163,10 +163,9 @@ class Beams(NamedTuple):
             rows=chosen // vocab + torch.arange(0, batch * width, width, device=chosen.device)[:, None],
         )
 
-    def beats_any(self, finished: Beams, penalty: float) -> Bool[Tensor, "batch 1"]:
-        """Whether the best sequence here would, had it ended, be better than the worst that has."""
-        worst = torch.where(finished.ended, finished.scores.amin(dim=1, keepdim=True), RULED_OUT)
-        return (self.scores[:, :1] / penalty > worst).any(dim=1, keepdim=True)
+    def could_improve(self, finished: Beams, penalty: float) -> Bool[Tensor, "batch 1"]:
+        """Whether the best sequence here would, had it ended, be better than the worst that has (or fill a place)."""
+        return self.scores[:, :1] / penalty > finished.scores.amin(dim=1, keepdim=True)
 
 
 @torch.no_grad()
@@ -225,7 +224,7 @@ def beam_search(
         finished = finished.pad(padding).join(newly_ended).best(num_beams)
 
         horizon = max_new_tokens if early_stopping == "never" and length_penalty > 0 else generated
-        is_open = is_open & running.beats_any(finished, horizon**length_penalty)
+        is_open = is_open & running.could_improve(finished, horizon**length_penalty)
         if early_stopping is True:
             is_open = is_open & ~finished.ended.all(dim=1, keepdim=True)
         if generated == max_new_tokens or not is_open.any():

@@ -232,6 +232,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def is_pattern(name: str) -> bool:
+    """Whether a name is a shell-style pattern of names."""
     return any(character in name for character in "*?[")
 
 

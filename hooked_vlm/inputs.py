@@ -150,7 +150,7 @@ class VLMInputs:
     def to(self, device: torch.device | str) -> VLMInputs:
         """The same on a device; itself where it is there already."""
         tensors = self.tensors()
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         return self if all(moved[name] is tensors[name] for name in moved) else replace(self, **moved)
 
     def rows(self, rows: Sequence[int]) -> VLMInputs:

@@ -69,7 +69,7 @@ def load_hf_model(hf_model: nn.Module, *, processor: Any = None, **choices: Any)
     """What :meth:`HookedVLM.from_hf` does."""
     if not hasattr(hf_model, "config"):
         raise TypeError(f"{type(hf_model).__name__} is no HF model: it has no config")
-    hf_config = {**hf_model.config.to_dict(), "architectures": [type(hf_model).__name__]}  # type: ignore[operator]
+    hf_config = {**hf_model.config.to_dict(), "architectures": [type(hf_model).__name__]}  # type: ignore[union-attr, operator]
     family = family_of_config(hf_config)
     state = hf_model.state_dict(keep_vars=True)
     config = _chosen(family.config(hf_config, state), **choices)
@@ -187,9 +187,9 @@ def _chosen(
     for name, (value, values) in allowed.items():
         if value not in values:
             raise ValueError(f"{name} must be one of {values}, not {value!r}")
-    chosen = {name: value for name, (value, _) in allowed.items()}
+    chosen: dict[str, Any] = {name: value for name, (value, _) in allowed.items()}
     if chosen["variant"] == "original":
-        chosen |= {"vision": replace(config.vision, eps=1e-6), "label_smoothing": 0.1}  # type: ignore[dict-item]
+        chosen |= {"vision": replace(config.vision, eps=1e-6), "label_smoothing": 0.1}
     return replace(config, **chosen)
 
 

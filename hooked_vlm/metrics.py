@@ -16,7 +16,7 @@ from torch import Tensor
 Metric = Callable[[Tensor], Tensor]
 """``[b p d_vocab] -> [b ...]``"""
 
-Position = int | Int[Tensor, " b"]
+Position = int | Int[Tensor, " #b"]
 """One for all rows, or one for each."""
 
 
@@ -24,7 +24,7 @@ Position = int | Int[Tensor, " b"]
 class Probability:
     """Probability of each row's answer token at one position."""
 
-    answer: Int[Tensor, " b"]
+    answer: Int[Tensor, " #b"]
     position: Position = -1
 
     def __call__(self, logits: Float[Tensor, "b p d_vocab"]) -> Float[Tensor, " b"]:
@@ -35,7 +35,7 @@ class Probability:
 class LogProbability:
     """Log-probability, in nats, of each row's answer token at one position."""
 
-    answer: Int[Tensor, " b"]
+    answer: Int[Tensor, " #b"]
     position: Position = -1
 
     def __call__(self, logits: Float[Tensor, "b p d_vocab"]) -> Float[Tensor, " b"]:
@@ -46,8 +46,8 @@ class LogProbability:
 class LogitDifference:
     """Logit of the answer token less the foil's, at one position."""
 
-    answer: Int[Tensor, " b"]
-    foil: Int[Tensor, " b"]
+    answer: Int[Tensor, " #b"]
+    foil: Int[Tensor, " #b"]
     position: Position = -1
 
     def __call__(self, logits: Float[Tensor, "b p d_vocab"]) -> Float[Tensor, " b"]:

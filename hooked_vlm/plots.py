@@ -53,9 +53,10 @@ def causal_trace_figure(
     heights = [max(1.1, RowHeight * part.sizes["position"]) for part in towers]
     pictures_width = 2.0 if images else 0.0
     figure = Figure(figsize=(pictures_width + 1.1 + 2.35 * n_sites, sum(heights) + 1.05 * len(towers) + 0.75))
-    left, right = (
-        figure.subfigures(1, 2, width_ratios=[pictures_width, 1.1 + 2.35 * n_sites]) if images else (None, figure)
-    )
+    left: Any = None
+    right: Any = figure
+    if images:
+        left, right = figure.subfigures(1, 2, width_ratios=[pictures_width, 1.1 + 2.35 * n_sites])
     if left is not None:
         _draw_images(left, images)
     grid = right.subplots(

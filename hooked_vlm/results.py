@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hooked_vlm.models import HookedVLM
 
-ENGINE = "h5netcdf"
+ENGINE: Literal["h5netcdf"] = "h5netcdf"
 
 
 def provenance(model: HookedVLM, method: str, **parameters: Any) -> dict[str, str | int | float]:

@@ -54,8 +54,11 @@ WRONG_SELECTIONS: list[tuple[Edit, tuple[str, ...]]] = [
     (Zero(Z, heads=torch.ones(2, dtype=torch.bool)), ("mask of heads", "(2,)", Z, "has 3")),
     (Zero(RESID, positions=torch.ones(2, WORDS, dtype=torch.bool)), ("2 rows", RESID, "batch has 3")),
     (Zero(RESID, positions=torch.ones(ROWS, 4, dtype=torch.bool)), ("mask of positions", "(4,)", "has 5")),
-    (Zero(RESID, positions=torch.zeros(ROWS, 2, dtype=torch.long)), ("positions", RESID, "one list of whole numbers")),
-    (Zero(RESID, positions=torch.tensor([0.5])), ("positions", RESID, "one list of whole numbers")),
+    (
+        Zero(RESID, positions=torch.zeros(ROWS, 2, dtype=torch.long)),
+        ("positions", RESID, "one list of whole numbers", "(3, 2)"),
+    ),
+    (Zero(RESID, positions=torch.tensor([0.5])), ("positions", RESID, "one list of whole numbers", "float32")),
     (BlockAttention(CROSS, keys=10), ("positions [10]", f"{CROSS}.hook_attn_scores", "has 10")),
     (BlockAttention(CROSS, positions=WORDS), ("positions [5]", f"{CROSS}.hook_attn_scores", "has 5")),
 ]

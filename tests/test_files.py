@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from hooked_vlm.files import whole_file, whole_folder
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
+
+
+def break_off(temporary: Path) -> NoReturn:
+    """What a writer does that fails after half of its work."""
+    fill(temporary) if temporary.is_dir() else temporary.write_text("half")
+    raise BrokenError
 
 
 def files_below(folder: Path) -> set[str]:
@@ -33,9 +40,8 @@ def test_a_file_appears_when_it_is_whole(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["old", "new", "deep/er/new"])
 def test_a_file_that_fails_leaves_all_as_it_was(name: str, tmp_path: Path) -> None:
     (tmp_path / "old").write_text("before")
-    with pytest.raises(Broken), whole_file(tmp_path / name) as temporary:
-        temporary.write_text("half")
-        raise Broken
+    with pytest.raises(BrokenError), whole_file(tmp_path / name) as temporary:
+        break_off(temporary)
     assert files_below(tmp_path) == {"old"}
     assert (tmp_path / "old").read_text() == "before"
 
@@ -77,17 +83,16 @@ def test_files_move_into_a_folder_that_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".", "new", "deep/er/new"])
 def test_a_folder_that_fails_leaves_all_as_it_was(name: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("before")
-    with pytest.raises(Broken), whole_folder(tmp_path / name, replacing=["a"]) as temporary:
-        fill(temporary)
-        raise Broken
+    with pytest.raises(BrokenError), whole_folder(tmp_path / name, replacing=["a"]) as temporary:
+        break_off(temporary)
     assert files_below(tmp_path) == {"a"}
     assert (tmp_path / "a").read_text() == "before"
 
 
-def test_an_interruption_is_a_failure_too(tmp_path: Path) -> None:
+def test_an_interruption_is_a_failure_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "BrokenError", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "new") as temporary:
-        fill(temporary)
-        raise KeyboardInterrupt
+        break_off(temporary)
     assert files_below(tmp_path) == set()
 
 

@@ -84,7 +84,8 @@ before = anonymous()
 model = HookedVLM.from_pretrained(folder)
 loaded = anonymous() - before
 read = float(sum(parameter.detach().sum() for parameter in model.parameters()))
-print(json.dumps({"file": (folder / "model.safetensors").stat().st_size, "loaded": loaded, "read": anonymous() - before}))
+size = (folder / "model.safetensors").stat().st_size
+print(json.dumps({"file": size, "loaded": loaded, "read": anonymous() - before}))
 """
 
 

@@ -1,4 +1,4 @@
-"""Pictures and texts to inputs: what HF's processor makes of them, to the bit, and one clear error where it cannot be."""
+"""Pictures and texts to inputs: what HF's processor makes of them, to the bit, or else one clear error."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def test_a_caption_needs_no_beginning() -> None:
 @pytest.mark.parametrize("task", ["vqa", "caption", "retrieval"])
 @pytest.mark.parametrize("text", ["", "  ", "\n\t"])
 def test_an_empty_text_is_refused(task: str, text: str) -> None:
-    with pytest.raises(ValueError, match="^text 1 is empty$"):
+    with pytest.raises(ValueError, match=r"^text 1 is empty$"):
         model(task).prepare(PICTURES, ["what", text, "a"])
-    with pytest.raises(ValueError, match="^text 0 is empty$"):
+    with pytest.raises(ValueError, match=r"^text 0 is empty$"):
         model(task).prepare(PICTURES[0], text)
 
 
@@ -198,7 +198,7 @@ def test_a_picture_smaller_than_a_patch_is_refused() -> None:
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="^image 1 .*nothing.png does not exist"):
+    with pytest.raises(ImageError, match=r"^image 1 .*nothing\.png does not exist"):
         model("vqa").prepare([PICTURES[0], tmp_path / "nothing.png"], ["what", "a"])
 
 

@@ -53,7 +53,7 @@ FORMS = {
     "float tensor, channels first": torch.from_numpy(RGB).permute(2, 0, 1) / 255,
     "tensor with a gradient": (torch.from_numpy(RGB) / 255).requires_grad_(),
     "opaque array": np.dstack([RGB, np.full((20, 30), 255, dtype=np.uint8)]),
-    "opaque tensor, channels first": torch.cat([torch.from_numpy(RGB), torch.full((20, 30, 1), 255)], 2).byte().permute(2, 0, 1),
+    "opaque tensor, channels first": torch.from_numpy(np.dstack([RGB, np.full((20, 30), 255, np.uint8)])).permute(2, 0, 1),
 }  # fmt: skip
 
 
@@ -160,7 +160,8 @@ def test_thirty_two_bits_of_grey_are_refused(dtype: type, tmp_path: Path) -> Non
 
 def test_a_cmyk_jpeg_is_read(tmp_path: Path) -> None:
     path = saved(PIL.Image.new("CMYK", (30, 20), (0, 255, 255, 0)), tmp_path / "a.jpg")
-    assert PIL.Image.open(path).mode == "CMYK"
+    with PIL.Image.open(path) as opened:
+        assert opened.mode == "CMYK"
     assert np.abs(pixels_of(path).astype(int) - [255, 0, 0]).max() < 3
 
 
@@ -178,8 +179,9 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
 
 def test_a_progressive_jpeg_is_read(tmp_path: Path) -> None:
     path = saved(PICTURE, tmp_path / "a.jpg", progressive=True)
-    assert "progressive" in PIL.Image.open(path).info
-    assert np.array_equal(pixels_of(path), np.asarray(PIL.Image.open(path)))
+    with PIL.Image.open(path) as opened:
+        assert "progressive" in opened.info
+        assert np.array_equal(pixels_of(path), np.asarray(opened))
 
 
 @pytest.mark.reference_data
@@ -252,7 +254,7 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
     for name in ("nothing.jpg", "https://example.org/a.jpg", "what color is it ?", "a" * 5000):
         with pytest.raises(ImageError, match=f"^image {re.escape(name)} "):
             load_image(name)
-    with pytest.raises(ImageError, match="nothing.jpg does not exist"):
+    with pytest.raises(ImageError, match=r"nothing\.jpg does not exist"):
         load_image(tmp_path / "nothing.jpg")
 
 
@@ -263,6 +265,15 @@ def test_a_decompression_bomb_is_refused(limit: int, tmp_path: Path, monkeypatch
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ImageError, match=r"bomb.png is too large to be safe .*600 pixels.*MAX_IMAGE_PIXELS"):
         load_image(path)
+
+
+def refusal_of(path: Path) -> str:
+    """What is said of a picture; of one that is read nevertheless, its path alone."""
+    try:
+        assert load_image(path).mode == "RGB"
+    except ImageError as error:
+        return str(error)
+    return str(path)
 
 
 def test_no_damage_gives_another_error(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -276,11 +287,9 @@ def test_no_damage_gives_another_error(tmp_path: Path, capfd: pytest.CaptureFixt
                 damaged[rng.randrange(min(len(damaged), 150))] = rng.randrange(256)
             path = tmp_path / f"b.{suffix}"
             path.write_bytes(damaged)
-            try:
-                assert load_image(path).mode == "RGB"
-            except ImageError as error:
-                assert str(path) in str(error)
-                refusals += 1
+            refusal = refusal_of(path)
+            assert str(path) in refusal
+            refusals += refusal != str(path)
     assert refusals > 50
     capfd.readouterr()
 

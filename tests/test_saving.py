@@ -216,7 +216,7 @@ def test_others_may_read_what_is_saved_as_the_umask_says(tmp_path: Path) -> None
 # Nothing half-written -------------------------------------------------------------------------------------------------
 
 
-class Full(OSError):
+class FullDiskError(OSError):
     """No space left on device."""
 
 
@@ -230,10 +230,10 @@ def test_a_save_that_fails_in_the_middle_leaves_nothing(
 
     def full(folder: Path) -> None:
         assert (Path(folder) / "model.safetensors").exists()
-        raise Full
+        raise FullDiskError
 
     monkeypatch.setattr(model.processor, "save_pretrained", full)
-    with pytest.raises(Full):
+    with pytest.raises(FullDiskError):
         model.save_hf(tmp_path / target)
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.name != "old"] == [
         Path("old/config.json")
@@ -244,10 +244,10 @@ def test_a_save_that_fails_in_the_middle_leaves_nothing(
 def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_state: object, folder: Path) -> None:
         (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise Full
+        raise FullDiskError
 
     monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
-    with pytest.raises(Full):
+    with pytest.raises(FullDiskError):
         HookedVLM.from_hf(hf_blip("vqa")).save_hf(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

@@ -203,7 +203,7 @@ class ResearchBlip(HFBlip):
             "encoder_hidden_size": patch.shape[0],
         }
         architecture = next(name for name, known in TASKS.items() if known == task)
-        written = {
+        written: dict[str, Any] = {
             "model_type": "blip",
             "architectures": [architecture],
             "vision_config": vision_config,

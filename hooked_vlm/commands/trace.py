@@ -111,7 +111,7 @@ def _corruption(text: str, draws: int, seed: int, sample: ShapesSample | None) -
         "multiplicative": corruptions.MultiplicativeGaussian,
         "pixels": corruptions.PixelNoise,
     }[kind]
-    return noise(std=amount, draws=draws, seed=seed)  # type: ignore[abstract, operator]
+    return noise(std=amount, draws=draws, seed=seed)
 
 
 def _images(picture: Any, corruption: Corruption) -> list[tuple[str, Any]]:

@@ -131,14 +131,16 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "b p d_model"]
     ) -> tuple[Float[Tensor, "b p h d_head"], Float[Tensor, "b p h d_head"], Float[Tensor, "b p h d_head"]]:
         if self.fused_qkv:
-            q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.n_heads, self.d_head).unbind(2)
-            return q, k, v
+            qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_heads, self.d_head)
+            # Not unbind(2), whose outputs autograd forbids to write to.
+            return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         return self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
 
     def _project_split(self, projected: tuple[Tensor, ...], split: tuple[Split | None, ...]) -> tuple[Tensor, ...]:
+        names: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
         return tuple(
             main if own is None else follow(main, own.edited, partial(self._project_heads, name, own), own.shown)
-            for name, main, own in zip(("q", "k", "v"), projected, split, strict=True)
+            for name, main, own in zip(names, projected, split, strict=True)
         )
 
     def _project_heads(self, name: Literal["q", "k", "v"], own: Split) -> Float[Tensor, "b p h d_head"]:

@@ -33,25 +33,10 @@ class LayerKnown:
 class Block(nn.Module):
     """What both orders share. Build one with :func:`build_block`."""
 
-    def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
         self.has_cross_attention = config.d_cross is not None
-        self._attention_options = {
-            "scale_by": config.scale_by,
-            "packs_keys": config.is_causal,
-            "implementation": implementation,
-        }
-
-    def _build_attention(self, config: TowerConfig) -> None:
-        self.attn = Attention(
-            config.d_model, config.n_heads, config.d_head, fused_qkv=config.fused_qkv, **self._attention_options
-        )
-
-    def _build_cross_attention(self, config: TowerConfig) -> None:
-        self.cross_attn = Attention(
-            config.d_model, config.n_heads, config.d_head, d_other=config.d_cross, **self._attention_options
-        )
 
     def _build_attention_inputs(self) -> None:
         self.hook_attn_in = _residual()
@@ -76,17 +61,17 @@ class PreNormBlock(Block):
     """A sub-layer reads the residual through a LayerNorm and adds to it."""
 
     def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
-        super().__init__(config, implementation)
+        super().__init__(config)
         self.hook_resid_pre = _residual()
         self._build_attention_inputs()
         self.ln1 = LayerNorm(config.d_model, config.eps)
-        self._build_attention(config)
+        self.attn = _attention(config, implementation, fused_qkv=config.fused_qkv)
         self.hook_attn_out = HookPoint("b p d_model")
         self.hook_resid_mid = _residual()
         if self.has_cross_attention:
             self.hook_cross_attn_in = _residual()
             self.ln_cross = LayerNorm(config.d_model, config.eps)
-            self._build_cross_attention(config)
+            self.cross_attn = _attention(config, implementation, d_other=config.d_cross)
             self.hook_cross_attn_out = HookPoint("b p d_model")
             self.hook_resid_mid_cross = _residual()
         self.hook_mlp_in = _residual()
@@ -121,17 +106,17 @@ class PostNormBlock(Block):
     """A sub-layer reads the stream, adds to it, and a LayerNorm makes the sum the new stream."""
 
     def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
-        super().__init__(config, implementation)
+        super().__init__(config)
         self.hook_resid_pre = _residual()
         self._build_attention_inputs()
-        self._build_attention(config)
+        self.attn = _attention(config, implementation, fused_qkv=config.fused_qkv)
         self.hook_attn_out = HookPoint("b p d_model")
         self.hook_resid_mid = _residual()
         self.ln1 = LayerNorm(config.d_model, config.eps)
         self.hook_normalized_resid_mid = _residual()
         if self.has_cross_attention:
             self.hook_cross_attn_in = _residual()
-            self._build_cross_attention(config)
+            self.cross_attn = _attention(config, implementation, d_other=config.d_cross)
             self.hook_cross_attn_out = HookPoint("b p d_model")
             self.hook_resid_mid_cross = _residual()
             self.ln_cross = LayerNorm(config.d_model, config.eps)
@@ -166,8 +151,24 @@ class PostNormBlock(Block):
         return self.hook_normalized_resid_post(self.ln2(self.hook_resid_post(stream + mlp_out)))
 
 
+def _attention(
+    config: TowerConfig, implementation: AttentionImplementation, *, d_other: int | None = None, fused_qkv: bool = False
+) -> Attention:
+    return Attention(
+        config.d_model,
+        config.n_heads,
+        config.d_head,
+        d_other=d_other,
+        fused_qkv=fused_qkv,
+        scale_by=config.scale_by,
+        packs_keys=config.is_causal,
+        implementation=implementation,
+    )
+
+
 def build_block(config: TowerConfig, implementation: AttentionImplementation) -> Block:
-    return {"pre": PreNormBlock, "post": PostNormBlock}[config.norm_order](config, implementation)
+    """A block of the order that the config says."""
+    return PreNormBlock(config, implementation) if config.norm_order == "pre" else PostNormBlock(config, implementation)
 
 
 def _residual() -> HookPoint:

@@ -88,7 +88,7 @@ class HookedBlip(HookedVLM):
             raise ValueError("BLIP needs pixel_values")
         return self.vision_encoder(inputs.pixel_values, interpolate_pos_encoding=inputs.interpolate_pos_encoding)
 
-    text_places: ClassVar[dict[str, str]]
+    text_places: ClassVar[dict[str, Any]]
     """Which tower reads the text, what the span of its words is called, and which tower ``last`` is in."""
 
     def _prepare(self, images: Any, texts: str | Sequence[str] | None, **options: Any) -> VLMInputs:
@@ -135,7 +135,7 @@ class HookedBlipVQA(HookedBlip):
     """An image and a question to an answer (Li et al. 2022, section 3.1 and figure 5)."""
 
     towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "question_encoder", "answer_decoder")
-    text_places: ClassVar[dict[str, str]] = {
+    text_places: ClassVar[dict[str, Any]] = {
         "text_tower": "question_encoder",
         "text_span": "question",
         "last_tower": "answer_decoder",
@@ -256,7 +256,7 @@ class HookedBlipCaption(HookedBlip):
     """An image, and perhaps the beginning of a caption, to the caption."""
 
     towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "text_decoder")
-    text_places: ClassVar[dict[str, str]] = {
+    text_places: ClassVar[dict[str, Any]] = {
         "text_tower": "text_decoder",
         "text_span": "prompt",
         "last_tower": "text_decoder",
@@ -315,7 +315,7 @@ class HookedBlipRetrieval(HookedBlip):
     """How well an image and a text match: by the matching head (ITM), or by the cosine of their embeddings (ITC)."""
 
     towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "text_encoder")
-    text_places: ClassVar[dict[str, str]] = {
+    text_places: ClassVar[dict[str, Any]] = {
         "text_tower": "text_encoder",
         "text_span": "text",
         "last_tower": "text_encoder",

@@ -131,8 +131,7 @@ def test_with_cache_equals_forward_without(task: str, name: str, attention: str)
 @torch.no_grad()
 def test_logits_with_cache_are_the_forwards() -> None:
     """Step by step against the whole, in float64: what is kept and what is computed anew add up to the same."""
-    ours = HookedVLM.from_hf(wordy("vqa", 0).to(torch.float64))
-    wordy.cache_clear()
+    ours = HookedVLM.from_hf(wordy.__wrapped__("vqa", 0).to(torch.float64))
     batch = batch_for("vqa", "padded")
     answer = token_ids(3, 6, first=DEC)
     whole = ours(batch | {"decoder_input_ids": answer})

@@ -7,6 +7,7 @@ from transformers import AutoProcessor, BlipForQuestionAnswering, BlipProcessor
 
 from hooked_vlm import HookedVLM, toys
 from hooked_vlm.data import COLORS, KINDS, SHAPES, generate
+from hooked_vlm.toys import train
 from hooked_vlm.toys.evaluate import TOY, evaluate, table
 
 LARGEST = 8 * 2**20
@@ -88,3 +89,38 @@ def test_a_padded_question_is_answered_like_one_alone():
     alone = [model.generate(model.prepare([one.image], [one.question]), max_new_tokens=4)[0] for one in samples]
     assert len({len(one.question.split()) for one in samples}) > 1
     assert together == alone
+
+
+class AlwaysYes:
+    def prepare(self, images, texts):
+        assert len(images) == len(texts)
+        return len(texts)
+
+    def generate(self, inputs, *, max_new_tokens):
+        return ["yes"] * inputs
+
+
+def test_a_model_that_does_not_look_flips_nothing():
+    scores = evaluate(AlwaysYes(), n=250, seed=13, batch_size=64)
+    assert sum(row["n"] for row in scores.values()) == 250
+    assert all(row["sip"] == row["str"] == 0 for row in scores.values())
+    assert 0.3 < scores["exists"]["exact"] < 0.7
+    assert scores["color"]["exact"] == 0
+
+
+def test_training_writes_a_folder_that_hf_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda model, n, seed: {})
+    lines = []
+    trained = train.train(train.Recipe(steps=2, samples_per_step=2), tmp_path, log=lines.append)
+    read = BlipForQuestionAnswering.from_pretrained(tmp_path)
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in trained.state_dict().items())
+    assert BlipProcessor.from_pretrained(tmp_path).tokenizer.get_vocab() == train.vocabulary()
+    assert lines
+
+
+def test_the_recipe_describes_the_embedded_checkpoint():
+    embedded = BlipForQuestionAnswering.from_pretrained(toys.folder(TOY))
+    fresh = train.build_model(train.Recipe())
+    shapes = {name: value.shape for name, value in fresh.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in embedded.state_dict().items()}
+    assert BlipProcessor.from_pretrained(toys.folder(TOY)).tokenizer.get_vocab() == train.vocabulary()

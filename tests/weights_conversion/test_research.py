@@ -114,7 +114,7 @@ def test_keys_that_do_not_fit_are_said_by_the_research_codes_names(tmp_path: Pat
     state = research_state(hf_model("vqa", eps=1e-6))
     state["visual_encoder.norm.extra"] = state.pop("visual_encoder.norm.weight")
     with pytest.raises(
-        CheckpointError, match="1 missing: visual_encoder.norm.weight. 1 unexpected: visual_encoder.norm.extra"
+        CheckpointError, match=r"1 missing: visual_encoder\.norm\.weight\. 1 unexpected: visual_encoder\.norm\.extra"
     ):
         load(write(tmp_path / "model.pth", state))
 
@@ -128,7 +128,7 @@ def test_a_file_too_poor_to_tell_its_sizes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="without config.json must be in BLIP's research layout"):
+    with pytest.raises(CheckpointError, match=r"without config\.json must be in BLIP's research layout"):
         load(write(tmp_path / "model.pth", hf_blip("vqa").state_dict()))
 
 

@@ -1,4 +1,4 @@
-"""The tables of names are bijections: every parameter has its key, every key its parameter, and nothing is left over."""
+"""The tables of names are bijections: every parameter has its key, every key its parameter, none is left over."""
 
 from __future__ import annotations
 
