@@ -129,7 +129,7 @@ class Beams(NamedTuple):
     def start(cls, prompt: Int[Tensor, "batch prompt"], width: int) -> Beams:
         """The prompt in every beam; all but the first are ruled out, or else all would go the same way."""
         rows = rearrange(torch.arange(len(prompt) * width, device=prompt.device), "(b width) -> b width", width=width)
-        scores = torch.zeros(rows.shape, device=prompt.device)
+        scores = torch.zeros(rows.shape, dtype=torch.float32, device=prompt.device)
         scores[:, 1:] = RULED_OUT
         tokens = repeat(prompt, "b prompt -> b width prompt", width=width)
         return cls(tokens, scores, torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool), rows)

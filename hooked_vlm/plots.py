@@ -50,17 +50,16 @@ def causal_trace_figure(
 
     towers = [results.tower(result, name, sample) for name in result.tower.values]
     n_sites = max(part.sizes["site"] for part in towers)
-    heights = [max(1.1, RowHeight * part.sizes["position"]) for part in towers]
+    heights = [max(0.8, RowHeight * part.sizes["position"]) for part in towers]
     pictures_width = 2.0 if images else 0.0
-    figure = Figure(figsize=(pictures_width + 1.1 + 2.35 * n_sites, sum(heights) + 1.05 * len(towers) + 0.75))
-    left: Any = None
+    figure = Figure(figsize=(pictures_width + 1.1 + 2.35 * n_sites, sum(heights) + 0.9 * len(towers) + 0.75))
     right: Any = figure
     if images:
-        left, right = figure.subfigures(1, 2, width_ratios=[pictures_width, 1.1 + 2.35 * n_sites])
-    if left is not None:
-        _draw_images(left, images)
+        panels: Any = figure.subfigures(1, 2, width_ratios=[pictures_width, 1.1 + 2.35 * n_sites])
+        _draw_images(panels[0], images)
+        right = panels[1]
     grid = right.subplots(
-        len(towers), n_sites, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 1.15 / np.mean(heights)}
+        len(towers), n_sites, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.9 / np.mean(heights)}
     )
     ends = [float(result[end].sel(metric=metric).isel(sample=sample)) for end in ("corrupted", "clean")]
     for part, axes_row in zip(towers, grid, strict=True):
@@ -90,7 +89,10 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
 
 
 def _draw_images(figure: Any, images: Sequence[tuple[str, Any]]) -> None:
-    for axes, (caption, image) in zip(figure.subplots(len(images), 1, squeeze=False)[:, 0], images, strict=True):
+    column = figure.subplots(max(2, len(images)), 1, squeeze=False)[:, 0]
+    for axes in column[len(images) :]:
+        axes.remove()
+    for axes, (caption, image) in zip(column, images, strict=False):
         axes.imshow(image)
         axes.set_title(caption, fontsize=8)
         axes.set_xticks([])

@@ -59,11 +59,23 @@ def save(result: xr.Dataset, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> xr.Dataset:
-    """Read a result; equal to the one that was saved."""
+    """Read a result; equal to the one that was saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file of another kind, or a damaged one.
+    """
     import xarray as xr
 
-    with xr.open_dataset(path, engine=ENGINE) as result:
-        return result.load()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with xr.open_dataset(path, engine=ENGINE) as result:
+            return result.load()
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} is no result, or is damaged: {error}") from error
 
 
 def tower(result: xr.Dataset, name: str, sample: int = 0) -> xr.Dataset:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -87,6 +88,51 @@ def test_a_folder_that_fails_leaves_all_as_it_was(name: str, tmp_path: Path) -> 
         break_off(temporary)
     assert files_below(tmp_path) == {"a"}
     assert (tmp_path / "a").read_text() == "before"
+
+
+def test_only_stale_files_go(tmp_path: Path) -> None:
+    """A pattern may match folders, what is being written, and the folder that it is being written in."""
+    (tmp_path / "folder").mkdir()
+    for name in ("stale", "folder/stale"):
+        (tmp_path / name).write_text("before")
+    with whole_folder(tmp_path, replacing=["*", "**/*"]) as temporary:
+        fill(temporary)
+    assert files_below(tmp_path) == {"a", "inner", "inner/b", "folder"}
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [("a", True), ("inner/b", True), ("inner", False)])
+def test_nothing_moves_where_something_is_in_the_way(name: str, is_folder: bool, tmp_path: Path) -> None:
+    if is_folder:
+        (tmp_path / name).mkdir(parents=True)
+    else:
+        (tmp_path / name).write_text("before")
+    (tmp_path / "stale").write_text("before")
+    before = files_below(tmp_path)
+    with (
+        pytest.raises(FileExistsError, match="is in the way"),
+        whole_folder(tmp_path, replacing=["stale"]) as temporary,
+    ):
+        fill(temporary)
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_a_full_disk_when_the_old_is_replaced(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"), whole(tmp_path / "deep" / "new") as temporary:
+        (temporary / "a" if temporary.is_dir() else temporary).write_text("new")
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_a_file_where_a_folder_should_be(whole: Any, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("before")
+    with pytest.raises((FileExistsError, NotADirectoryError)), whole(tmp_path / "old" / "new"):
+        pass
+    assert files_below(tmp_path) == {"old"}
 
 
 def test_an_interruption_is_a_failure_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

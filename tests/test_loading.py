@@ -156,6 +156,35 @@ def test_a_revision_that_is_not_there_is_named(hub_cache: Path) -> None:
         load("owner/name", revision="v2", cache_dir=hub_cache, local_files_only=True)
 
 
+def test_what_is_fetched_is_safetensors_or_else_torchs_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = hf_blip("vqa")
+    write_folder(tmp_path, state_of(hf), hf)
+    (tmp_path / "model.safetensors").unlink()
+    asked = []
+
+    def download(repository: str, *, allow_patterns: list[str], **options: object) -> str:
+        asked.append((repository, options))
+        if "pytorch_model*.bin" in allow_patterns:
+            as_torch_file(tmp_path, hf)
+        assert "*.json" in allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert_same_answer(load("owner/name", revision="v1", token="secret", cache_dir=tmp_path), hf, "vqa")
+    options = {"revision": "v1", "token": "secret", "cache_dir": tmp_path, "local_files_only": False}
+    assert asked == [("owner/name", options)] * 2
+
+
+@pytest.mark.parametrize("error", [OSError(), OSError("no route\nto host"), ConnectionError("offline")])
+def test_a_hub_that_does_not_answer_is_one_error(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"^owner/name .*, and the hub does not give it: [\w ]+$"):
+        load("owner/name")
+
+
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     hf = hf_blip("vqa")
     assert load(write_folder(tmp_path, state_of(hf), hf), revision="v1").config.revision == ""

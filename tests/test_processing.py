@@ -52,8 +52,8 @@ FORMS = {
     "tensor, channels first": torch.from_numpy(RGB).permute(2, 0, 1),
     "float tensor, channels first": torch.from_numpy(RGB).permute(2, 0, 1) / 255,
     "tensor with a gradient": (torch.from_numpy(RGB) / 255).requires_grad_(),
-    "opaque array": np.dstack([RGB, np.full((20, 30), 255, dtype=np.uint8)]),
-    "opaque tensor, channels first": torch.from_numpy(np.dstack([RGB, np.full((20, 30), 255, np.uint8)])).permute(2, 0, 1),
+    "opaque array": np.dstack([RGB, np.full_like(GREY, 255)]),
+    "opaque tensor, channels first": torch.from_numpy(np.dstack([RGB, np.full_like(GREY, 255)])).permute(2, 0, 1),
 }  # fmt: skip
 
 

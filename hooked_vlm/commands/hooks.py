@@ -80,9 +80,7 @@ def hooks(
     loaded = load_model(model)
     lines = hook_table(loaded, tower=tower, all_layers=all_layers)
     table = Table(box=box.SIMPLE_HEAD, title=f"{model}: {type(loaded).__name__}")
-    # Names stay in one piece on a terminal that is wide enough for the longest.
-    table.add_column("hook point", overflow="fold", min_width=max(len(line.name) for line in lines))
-    for title in ("axes", "sizes", "HF"):
+    for title in ("hook point", "axes", "sizes", "HF"):
         table.add_column(title, overflow="fold")
     for line in lines:
         hf = Text(line.hf, style="" if line.has_counterpart else "dim")

@@ -73,7 +73,7 @@ def trace(
         )
         save(result, folder / "trace.nc")
         figure = causal_trace_figure(
-            result, metric=metric, images=_images(picture, corruption), title=_title(result, text, corrupt)
+            result, metric=metric, images=_images(picture, corruption), title=_title(result, text, corruption)
         )
         save_figure(figure, folder / "trace.png")
     _report(result, text, metric, out)
@@ -123,14 +123,33 @@ def _images(picture: Any, corruption: Corruption) -> list[tuple[str, Any]]:
     return [("clean", picture), ("corrupted", load_image(corruption.images))]
 
 
-def _title(result: xr.Dataset, question: str, corrupt: str) -> str:
+def _title(result: xr.Dataset, question: str, corruption: Corruption) -> str:
     clean, corrupted = (float(result[end].sel(metric="probability")[0]) for end in ("clean", "corrupted"))
-    draws = f", {result.attrs['draws']} draws" if "draws" in result.attrs else ""
-    layers = "one layer" if result.attrs["window"] == 1 else f"{result.attrs['window']} layers"
+    width = result.attrs["window"]
+    layers = "one layer" if width == 1 else f"{width} layers"
     return (
         f"“{question}” → {result.answer.values[0]}    p clean {clean:.3f}, corrupted {corrupted:.3f}\n"
-        f"{result.attrs['direction']}, {layers} at a time; corruption: {corrupt}{draws}; {result.attrs['model']}"
+        f"{result.attrs['direction']}, {layers} at a time; {_in_words(corruption)}; {result.attrs['model']}"
     )
+
+
+def _in_words(corruption: Corruption) -> str:
+    from hooked_vlm import corruptions
+
+    match corruption:
+        case corruptions.AdditiveGaussian():
+            return f"noise of {corruption.std:g} std on the image embeddings, {corruption.draws} draws"
+        case corruptions.MultiplicativeGaussian():
+            return f"image embeddings times N({corruption.mean:g}, {corruption.std:g}), {corruption.draws} draws"
+        case corruptions.Scaled():
+            return f"image embeddings times {corruption.factor:g}"
+        case corruptions.PixelNoise():
+            return f"noise of {corruption.std:g} std on the pixels, {corruption.draws} draws"
+        case corruptions.CounterfactualImage():
+            return "another picture (SIP)"
+        case corruptions.CounterfactualQuestion():
+            return f"another question (STR): “{corruption.questions}”"
+    return type(corruption).__name__
 
 
 def _report(result: xr.Dataset, question: str, metric: str, out: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -212,28 +212,41 @@ class HookedBlipVQA(HookedBlip):
             raise ValueError("rank_answers needs at least one candidate")
         smoothing = self.config.label_smoothing if label_smoothing is None else label_smoothing
         inputs = self._inputs(inputs)
-        question = self.encode_question(inputs)
-        mask = self._question_mask(inputs)
+        question, mask = self.encode_question(inputs), self._question_mask(inputs)
         encoded = self.processor.tokenizer(list(candidates), padding=True, return_tensors="pt").to(self.device)
         answer_ids = self._first_token(encoded.input_ids, self.config.bos_token_id)
-        n = len(candidates)
-        logits = self.answer_decoder.logits(
-            self.answer_decoder(
-                repeat(answer_ids, "n p -> (b n) p", b=len(question)),
-                repeat(encoded.attention_mask, "n p -> (b n) p", b=len(question)),
-                other=repeat(question, "b k d -> (b n) k d", n=n),
-                other_attention_mask=None if mask is None else repeat(mask, "b k -> (b n) k", n=n),
-            )
-        )
-        targets = answer_ids.masked_fill(encoded.attention_mask == 0, -100)
-        losses = F.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2),
-            repeat(targets[:, 1:], "n p -> (b n) p", b=len(question)),
-            reduction="none",
-            label_smoothing=smoothing,
-        )
-        scores, order = (-losses.sum(1)).view(len(question), n).sort(dim=1, descending=True, stable=True)
+        # Some at a time: their logits over the vocabulary are what takes memory.
+        likelihoods = [
+            self._answer_log_likelihoods(question, mask, ids, kept, smoothing)
+            for ids, kept in zip(answer_ids.split(64), encoded.attention_mask.split(64), strict=True)
+        ]
+        scores, order = torch.cat(likelihoods, dim=1).sort(dim=1, descending=True, stable=True)
         return RankedAnswers([[candidates[i] for i in row] for row in order.tolist()], scores)
+
+    def _answer_log_likelihoods(
+        self,
+        question: Float[Tensor, "b k d_model"],
+        question_mask: Int[Tensor, "b k"] | None,
+        answer_ids: Int[Tensor, "n p"],
+        answer_mask: Int[Tensor, "n p"],
+        label_smoothing: float,
+    ) -> Float[Tensor, "b n"]:
+        """Of every answer after every question, summed over its tokens."""
+        b, n = len(question), len(answer_ids)
+        states = self.answer_decoder(
+            repeat(answer_ids, "n p -> (b n) p", b=b),
+            repeat(answer_mask, "n p -> (b n) p", b=b),
+            other=repeat(question, "b k d -> (b n) k d", n=n),
+            other_attention_mask=None if question_mask is None else repeat(question_mask, "b k -> (b n) k", n=n),
+        )
+        targets = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
+        losses = F.cross_entropy(
+            rearrange(self.answer_decoder.logits(states)[:, :-1].float(), "rows p vocab -> rows vocab p"),
+            repeat(targets, "n p -> (b n) p", b=b),
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        return rearrange(-losses.sum(1), "(b n) -> b n", b=b)
 
     def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:
         if tower == "question_encoder":

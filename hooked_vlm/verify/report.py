@@ -154,11 +154,7 @@ class Report:
 
         has_runs = any(row.run for row in self.rows)
         table = Table(box=box.SIMPLE_HEAD, title=f"{self.model}: ours and HF's {self.architecture}")
-        if has_runs:
-            table.add_column("run")
-        # Names stay in one piece on a terminal that is wide enough for the longest.
-        table.add_column("hook point", overflow="fold", min_width=max((len(row.name) for row in self.rows), default=0))
-        for title in ("HF", "shape"):
+        for title in ("run",) * has_runs + ("hook point", "HF", "shape"):
             table.add_column(title, overflow="fold")
         for title in ("max |diff|", "relative"):
             table.add_column(title, justify="right", no_wrap=True)

@@ -1,0 +1,236 @@
+"""Looking changes nothing: a run that is cached, or hooked by what only reads, gives the plain run's numbers to the bit.
+
+In every dtype, implementation of attention and gradient mode. What is computed only to be looked at (the pattern beside
+a fused kernel, a head's own result, a LayerNorm's scale) still receives its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+from hooked_vlm import HookedVLM, HookPoint
+from tests.tiny_blip import Shape, hf_blip, padded_inputs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GRADIENTS: dict[str, Callable[[], AbstractContextManager]] = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+MODES: dict[str, tuple[str, dict[str, bool]]] = {
+    "vqa": ("vqa", {}),
+    "caption": ("caption", {}),
+    "itm": ("retrieval", {}),
+    "itc": ("retrieval", {"use_itm_head": False}),
+}
+ONE_LAYER = Shape(text=36, text_heads=3, vision=36, vision_heads=3, text_layers=1, vision_layers=1)
+
+every_way = pytest.mark.parametrize("gradients", GRADIENTS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+@cache
+def model_and_inputs(
+    task: str, dtype: torch.dtype, attention: str, shape: str | Shape = "heads of 12"
+) -> tuple[HookedVLM, dict[str, Any]]:
+    torch.manual_seed(0)
+    return HookedVLM.from_hf(hf_blip(task, shape).to(dtype), attention=attention), padded_inputs(task)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checks of signatures, which take most of the time of a small forward, and are made elsewhere."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def look(activation: Tensor, hook: HookPoint) -> None:
+    """What a researcher's reading hook does: computes something from the activation, and keeps it."""
+    hook.ctx["seen"] = activation.detach().float().mean()
+
+
+def assert_no_hooks(model: HookedVLM) -> None:
+    assert not any(point.is_hooked or point.handles for point in model.hook_points())
+
+
+@every_way
+@every_attention
+@every_dtype
+@pytest.mark.parametrize("mode", MODES)
+def test_looking_at_everything(mode: str, dtype: torch.dtype, attention: str, gradients: str) -> None:
+    task, options = MODES[mode]
+    model, batch = model_and_inputs(task, dtype, attention)
+    with GRADIENTS[gradients]():
+        plain = model(batch, **options)
+        assert plain.dtype == dtype
+        assert bool(plain.isfinite().all())
+        cached, cache = model.run_with_cache(batch, **options)
+        assert torch.equal(cached, plain)
+        assert len(cache) > 0.8 * len(model.hook_names)
+        assert_no_hooks(model)
+        hooked = model.run_with_hooks(batch, fwd_hooks=[("*", look)], **options)
+        assert torch.equal(hooked, plain)
+        assert_no_hooks(model)
+        assert torch.equal(model(batch, **options), plain)
+
+
+@every_way
+@every_attention
+@every_dtype
+@pytest.mark.usefixtures("unchecked")
+def test_looking_at_each_name_alone(dtype: torch.dtype, attention: str, gradients: str) -> None:
+    model, batch = model_and_inputs("vqa", dtype, attention, ONE_LAYER)
+    changed = []
+    with GRADIENTS[gradients]():
+        plain = model(batch)
+        for name in model.hook_names:
+            if not torch.equal(model.run_with_hooks(batch, fwd_hooks=[(name, look)]), plain):
+                changed.append(f"{name} hooked")
+            logits, cache = model.run_with_cache(batch, names_filter=name)
+            assert list(cache) == [name]
+            if not torch.equal(logits, plain):
+                changed.append(f"{name} cached")
+    assert not changed
+    assert_no_hooks(model)
+
+
+@every_attention
+@every_dtype
+def test_what_is_seen_is_the_same_whoever_looks(dtype: torch.dtype, attention: str) -> None:
+    """One name at a time or all at once, by a cache or by a hook."""
+    model, batch = model_and_inputs("vqa", dtype, attention)
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: HookPoint) -> None:
+        seen[hook.name] = activation.clone()
+
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch)
+        model.run_with_hooks(batch, fwd_hooks=[("*", keep)])
+        assert list(seen) == list(cache)
+        assert all(torch.equal(seen[name], cache[name]) for name in cache)
+        for name in model.hook_names[::7]:
+            assert torch.equal(model.run_with_cache(batch, names_filter=name)[1][name], cache[name])
+
+
+@every_dtype
+@torch.no_grad()
+def test_pattern_is_the_softmax_of_scores_in_both(dtype: torch.dtype) -> None:
+    """Beside the fused kernel the same pattern is shown that the eager way computes with."""
+    eager, batch = model_and_inputs("vqa", dtype, "eager")
+    fused, _ = model_and_inputs("vqa", dtype, "sdpa")
+    for model in (eager, fused):
+        _, cache = model.run_with_cache(batch, names_filter=["*hook_attn_scores", "*hook_pattern"])
+        for name in cache:
+            if name.endswith("hook_pattern"):
+                scores = cache[name.replace("hook_pattern", "hook_attn_scores")]
+                assert torch.equal(cache[name], scores.softmax(-1))
+                ones = torch.ones(scores.shape[:-1])
+                torch.testing.assert_close(cache[name].float().sum(-1), ones, rtol=0, atol=2e-2)
+    first = "vision_encoder.blocks.0.attn.hook_pattern"
+    patterns = [model.run_with_cache(batch, names_filter=first)[1][first] for model in (eager, fused)]
+    assert torch.equal(*patterns)
+
+
+@torch.no_grad()
+def test_results_and_scale_are_what_they_are_called() -> None:
+    model, batch = model_and_inputs("vqa", torch.float32, "eager")
+    _, cache = model.run_with_cache(batch)
+    for name in cache:
+        owner = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
+        if name.endswith("hook_result"):
+            block, module = name.split(".")[:-2], name.split(".")[-2]
+            out = cache[".".join([*block, f"hook_{module}_out"])]
+            torch.testing.assert_close(cache[name].sum(2) + owner.b_O, out, rtol=1e-5, atol=1e-5)
+        if name.endswith("hook_scale"):
+            normalized = cache[name.replace("hook_scale", "hook_normalized")]
+            centered = (normalized - owner.bias) / owner.weight * cache[name]  # what the LayerNorm read, less its mean
+            variance = centered.pow(2).mean(-1, keepdim=True)
+            torch.testing.assert_close((variance + owner.eps).sqrt(), cache[name], rtol=1e-3, atol=1e-4)
+
+
+BESIDE = ["hook_pattern", "hook_attn_scores", "hook_result", "ln1.hook_scale", "ln2.hook_scale", "hook_q_input"]
+
+
+def gradients_at(attention: str, dtype: torch.dtype, backward_hook: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a forward, and the gradients of a number made of them where something is computed beside."""
+    model, batch = model_and_inputs("vqa", dtype, attention)
+    found: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+
+    def retain(activation: Tensor, hook: HookPoint) -> None:
+        activation.retain_grad()
+        kept[hook.name] = activation
+
+    def note(gradient: Tensor, hook: HookPoint) -> None:
+        found[hook.name] = gradient.detach().clone()
+
+    names = [f"*{ending}" for ending in BESIDE]
+    hooks = {"bwd_hooks": [(names, note)]} if backward_hook else {"fwd_hooks": [(names, retain)]}
+    with model.hooks(**hooks):
+        logits = model(batch)
+        logits.float().sin().sum().backward()
+    model.zero_grad(set_to_none=True)
+    return logits.detach(), found or {name: activation.grad for name, activation in kept.items()}
+
+
+@pytest.mark.parametrize("backward_hook", [True, False], ids=["backward hook", "retained"])
+def test_what_is_computed_beside_has_its_gradient(backward_hook: bool) -> None:
+    """Under the fused kernel the same gradient as in eager; and the logits are still the fused kernel's, to the bit."""
+    gradients = {}
+    for attention in ("eager", "sdpa"):
+        model, batch = model_and_inputs("vqa", torch.float32, attention)
+        logits, gradients[attention] = gradients_at(attention, torch.float32, backward_hook)
+        assert torch.equal(logits, model(batch).detach())
+        assert_no_hooks(model)
+    names = [name for name in model.hook_names if name.endswith(tuple(BESIDE))]
+    assert set(gradients["eager"]) == set(gradients["sdpa"]) == set(names)
+    for name in names:
+        eager, fused = gradients["eager"][name], gradients["sdpa"][name]
+        assert float(eager.abs().max()) > 0, name
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()), msg=name)
+
+
+@every_attention
+def test_parameters_get_the_same_gradient_whether_looked_at_or_not(attention: str) -> None:
+    model, batch = model_and_inputs("caption", torch.float32, attention)
+
+    def parameter_gradients(**hooks: Any) -> dict[str, Tensor]:
+        with model.hooks(**hooks):
+            model(batch).sin().sum().backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        return gradients
+
+    plain = parameter_gradients()
+    looked_at = parameter_gradients(fwd_hooks=[("*", look)])
+    for name, gradient in plain.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(looked_at[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@every_attention
+@torch.no_grad()
+def test_edits_of_scores_in_a_padded_batch_mean_the_same(attention: str) -> None:
+    """Beside the fused kernel, scores carry the padding's mask too."""
+    model, batch = model_and_inputs("vqa", torch.float32, attention)
+    eager, _ = model_and_inputs("vqa", torch.float32, "eager")
+
+    def sharpen(scores: Tensor, hook: HookPoint) -> Tensor:
+        return (scores * 2).clamp(min=torch.finfo(scores.dtype).min)
+
+    real = batch["decoder_attention_mask"].bool()
+    for name in model.hook_names:
+        if name.endswith("hook_attn_scores"):
+            found = model.run_with_hooks(batch, fwd_hooks=[(name, sharpen)])[real]
+            expected = eager.run_with_hooks(batch, fwd_hooks=[(name, sharpen)])[real]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+            assert not torch.equal(found, model(batch)[real])
