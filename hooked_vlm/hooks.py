@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hooked_vlm.cache import ActivationCache
 
@@ -67,8 +70,8 @@ class HookPoint(nn.Module):
     """The identity, observable and editable.
 
     ``axes`` names the dimensions, e.g. ``"b p h d_head"``. With ``aliased=True`` the activation has other readers
-    than this point's own (the residual that a sub-layer reads is also the one it adds to), so a hook that may write
-    gets a copy, and in-place edits stay where they were made.
+    than this point's own (the residual that a sub-layer reads is also the one it adds to; a softmax's output is what
+    its gradient is made from), so a hook that may write gets a copy, and in-place edits stay where they were made.
     """
 
     def __init__(self, axes: str, *, aliased: bool = False) -> None:
@@ -78,13 +81,12 @@ class HookPoint(nn.Module):
         self.name = ""
         self.ctx: dict[str, Any] = {}
         self.handles: list[HookHandle] = []
+        self._gradient_hooks: OrderedDict[int, HookFunction] = OrderedDict()
 
     def __call__(self, activation: Tensor) -> Tensor:
-        if not self._forward_hooks and not self._backward_hooks:
+        if not self._forward_hooks and not self._gradient_hooks and not self._backward_hooks:
             return activation
-        if self.aliased and self.is_edited:
-            activation = activation.clone()
-        return super().__call__(activation)
+        return self._with_gradient_hooks(super().__call__(self._own(activation)))
 
     def forward(self, activation: Tensor) -> Tensor:
         return activation
@@ -92,26 +94,29 @@ class HookPoint(nn.Module):
     @property
     def is_hooked(self) -> bool:
         """Whether anything, reader or writer, forward or backward, is attached."""
-        return bool(self._forward_hooks or self._backward_hooks)
+        return bool(self._forward_hooks or self._gradient_hooks or self._backward_hooks)
 
     @property
     def is_edited(self) -> bool:
         """Whether a hook that may write is attached."""
-        return len(self._forward_hooks) + len(self._backward_hooks) > sum(handle.reads for handle in self.handles)
+        attached = len(self._forward_hooks) + len(self._gradient_hooks) + len(self._backward_hooks)
+        return attached > sum(handle.reads for handle in self.handles)
 
     def show(self, activation: Tensor) -> tuple[Tensor, bool]:
         """Show an activation that was computed beside the main path; tell whether a hook has changed it.
 
-        A returned tensor and an in-place write (the version counter tells) both count as a change.
+        A returned tensor and an in-place write (the version counter tells) both count as a change; a write through
+        ``.data`` or NumPy goes unseen, as it does by autograd.
         """
         if not self.is_hooked:
             return activation, False
+        activation = self._own(activation)
         # Inference tensors carry no version counter; a copy tells instead.
         before = activation.clone() if activation.is_inference() else activation._version
         shown = super().__call__(activation)
         if isinstance(before, Tensor):
             return shown, not torch.equal(shown, before)
-        return shown, shown is not activation or shown._version != before
+        return self._with_gradient_hooks(shown), shown is not activation or shown._version != before
 
     def add_hook(
         self,
@@ -127,23 +132,37 @@ class HookPoint(nn.Module):
         if dir == "fwd":
             registered = self.register_forward_hook(partial(self._run_forward, hook), prepend=prepend)
         elif dir == "bwd":
-            registered = self.register_full_backward_hook(partial(self._run_backward, hook), prepend=prepend)
+            registered = RemovableHandle(self._gradient_hooks)
+            self._gradient_hooks[registered.id] = hook
+            if prepend:
+                self._gradient_hooks.move_to_end(registered.id, last=False)
         else:
             raise HookError(f"dir must be 'fwd' or 'bwd', not {dir!r}")
         handle = HookHandle(self, hook, registered, dir, is_permanent, level, reads)
         self.handles.append(handle)
         return handle
 
+    def _own(self, activation: Tensor) -> Tensor:
+        return activation.clone() if self.aliased and self.is_edited else activation
+
     def _run_forward(
         self, hook: HookFunction, _module: nn.Module, _inputs: tuple[Tensor, ...], activation: Tensor
     ) -> Tensor | None:
         return self._checked(hook(activation, hook=self), activation, hook)
 
-    def _run_backward(
-        self, hook: HookFunction, _module: nn.Module, _grad_in: Any, grad_out: tuple[Tensor, ...]
-    ) -> tuple[Tensor] | None:
-        replacement = self._checked(hook(grad_out[0], hook=self), grad_out[0], hook)
-        return None if replacement is None else (replacement,)
+    def _with_gradient_hooks(self, activation: Tensor) -> Tensor:
+        if not self._gradient_hooks or not activation.requires_grad:
+            return activation
+        # A tensor of its own, for the gradient of this point's readers alone.
+        activation = activation.view_as(activation)
+        for key, hook in self._gradient_hooks.items():
+            activation.register_hook(partial(self._run_backward, key, hook))
+        return activation
+
+    def _run_backward(self, key: int, hook: HookFunction, gradient: Tensor) -> Tensor | None:
+        if key not in self._gradient_hooks:
+            return None  # removed since the forward
+        return self._checked(hook(gradient, hook=self), gradient, hook)
 
     def _checked(self, replacement: Any, activation: Tensor, hook: HookFunction) -> Tensor | None:
         if replacement is None or replacement is activation:
@@ -373,6 +392,8 @@ class HookedModule(nn.Module):
 
         Backward hooks must outlive the forward: pass ``reset_hooks_end=False``, or use :meth:`hooks`.
         """
+        if bwd_hooks and reset_hooks_end:
+            warnings.warn("backward hooks are removed before a backward can reach them", stacklevel=2)
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self._run(model_args, model_kwargs, stop_at)
 

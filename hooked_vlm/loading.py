@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hooked_vlm import toys
 from hooked_vlm.config import BlipConfig
@@ -207,6 +208,20 @@ def _written_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
     return next((tensor.dtype for tensor in checkpoint.state.values() if tensor.is_floating_point()), None)
 
 
+class Undrawn(TorchFunctionMode):
+    """While this holds, ``nn.init`` draws nothing: every parameter is about to come from a checkpoint.
+
+    On the meta device a draw would only cost time, but much of it: torch imports its compiler for one.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        draws = getattr(func, "__module__", None) == "torch.nn.init"
+        return kwargs["tensor"] if draws else func(*args, **kwargs)
+
+
 def _build(
     config: BlipConfig,
     state: Mapping[str, Tensor],
@@ -217,7 +232,7 @@ def _build(
     device: torch.device | str | None = None,
 ) -> HookedVLM:
     """The model on no device, then each tensor of ``state`` in its parameter's place."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = MODELS[config.task](config)
     keys = _matched_keys(model, state, rules, source)
     parameters: dict[str, nn.Parameter] = {}

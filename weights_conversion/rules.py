@@ -45,12 +45,12 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _template(pattern: str) -> str:
-    return pattern.replace("{l}", r"\g<l>").replace("*", r"\g<rest>")
+    return pattern.replace("*", "{rest}")
 
 
 def _apply(rules: list[tuple[re.Pattern[str], str]], name: str) -> str | None:
     for pattern, template in rules:
         match = pattern.fullmatch(name)
         if match:
-            return match.expand(template)
+            return template.format(**match.groupdict())
     return None

@@ -96,8 +96,8 @@ class Attention(nn.Module):
         self.hook_k = HookPoint("b p h d_head")
         self.hook_v = HookPoint("b p h d_head")
         self.hook_attn_scores = HookPoint("b h q k")
-        self.hook_pattern = HookPoint("b h q k")
-        self.hook_z = HookPoint("b p h d_head")
+        self.hook_pattern = HookPoint("b h q k", aliased=True)
+        self.hook_z = HookPoint("b p h d_head", aliased=True)
         self.hook_result = HookPoint("b p h d_model")
 
     def forward(

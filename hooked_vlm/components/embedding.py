@@ -39,6 +39,8 @@ class PatchEmbedding(nn.Module):
                 f"image is {height}x{width} pixels, the model's position embeddings are for "
                 f"{self.image_size}x{self.image_size}; pass interpolate_pos_encoding=True to resize them"
             )
+        if min(height, width) < self.patch_size:
+            raise ValueError(f"image is {height}x{width} pixels, smaller than one patch of {self.patch_size}")
         grid = rearrange(self.pos[:, 1:], "1 (row column) d -> 1 d row column", row=self.grid)
         size = (height // self.patch_size, width // self.patch_size)
         grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)

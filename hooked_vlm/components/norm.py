@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
         self.bias = nn.Parameter(torch.zeros(d_model))
         self.eps = eps
-        self.hook_scale = HookPoint("b p 1")
+        self.hook_scale = HookPoint("b p 1", aliased=True)
         self.hook_normalized = HookPoint("b p d_model", aliased=True)
 
     def forward(self, x: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:

@@ -51,8 +51,8 @@ class HookedVLM(HookedModule):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> HookedVLM:
-        """A model from an embedded name (``"toy-blip-vqa"``), a local folder in HF format, a research ``.pth`` file,
-        or a hub id.
+        """A model from an embedded name (``"toy-blip-vqa"``), a local folder in HF format, a research file
+        (``.pth``, or its tensors as ``.safetensors``), or a hub id.
 
         Tensors are memory-mapped, and become the parameters without a copy unless ``dtype`` or ``device`` asks for
         one.

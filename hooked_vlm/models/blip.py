@@ -171,11 +171,7 @@ class HookedBlipVQA(HookedBlip):
         """The question's states, the image looked at."""
         if inputs.input_ids is None:
             raise ValueError("BLIP needs a question's input_ids")
-        image = self.encode_image(inputs)
-        ids = inputs.input_ids
-        if self.config.variant == "original":
-            ids = self._first_token(ids, self.config.enc_token_id)
-        return self.question_encoder(ids, inputs.attention_mask, other=image)
+        return self.question_encoder(*self._tower_ids(inputs, "question_encoder"), other=self.encode_image(inputs))
 
     def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and questions, through the checkpoint's own processor; questions pad on the right.
@@ -250,7 +246,10 @@ class HookedBlipVQA(HookedBlip):
 
     def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:
         if tower == "question_encoder":
-            return super()._tower_ids(inputs, tower)
+            ids, mask = super()._tower_ids(inputs, tower)
+            return (
+                self._first_token(ids, self.config.enc_token_id) if self.config.variant == "original" else ids
+            ), mask
         if inputs.decoder_input_ids is None:
             return self._start(len(inputs)), None
         return inputs.decoder_input_ids, inputs.decoder_attention_mask

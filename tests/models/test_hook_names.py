@@ -7,6 +7,7 @@ several tokens, because with one key alone a self-attention pattern is 1 whateve
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -163,6 +164,33 @@ def test_every_edit_is_felt_where_gradients_are_wanted(mode: str, attention: str
             strayed = float((found - expected).abs().max())
             if strayed > 1e-5 * float(expected.abs().max()):
                 wrong[name, edit.__name__] = strayed
+    assert not wrong
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.usefixtures("unchecked")
+def test_gradients_flow_through_an_edit_in_place_as_through_a_returned_one(attention: str) -> None:
+    """Also where the operation before the hook point keeps its output for the backward."""
+    one_layer = replace(SHAPE, text_layers=1, vision_layers=1)
+    model = HookedVLM.from_hf(hf_blip("vqa", one_layer), attention=attention)
+    batch = inputs("vqa", batch=2, length=4, answer=3)
+
+    def half_in_place(activation: Tensor, hook: HookPoint) -> None:
+        activation[:, 1:] *= 0.5
+
+    def half_returned(activation: Tensor, hook: HookPoint) -> Tensor:
+        return torch.cat([activation[:, :1], activation[:, 1:] * 0.5], dim=1)
+
+    def gradient(name: str, edit: Callable[..., Any]) -> Tensor:
+        logits = model.run_with_hooks(batch, fwd_hooks=[(name, edit)])
+        return torch.autograd.grad(logits.sin().sum(), model.vision_encoder.embed.pos)[0]
+
+    wrong = {}
+    for name in model.hook_names:
+        returned, written = gradient(name, half_returned), gradient(name, half_in_place)
+        strayed = float((returned - written).abs().max() / returned.abs().max())
+        if not strayed < 1e-4:
+            wrong[name] = strayed
     assert not wrong
 
 
