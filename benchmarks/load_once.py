@@ -1,6 +1,6 @@
 """One load, in this process alone. ``benchmarks.loading`` starts it, says when each step begins, and watches.
 
-    python -m benchmarks.load_once (write | ours | hf) SIZE FOLDER
+python -m benchmarks.load_once (write | ours | hf) SIZE FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What loading costs: ``HookedVLM.from_pretrained`` against HF's, in time and memory, each in a fresh process.
 
-    python -m benchmarks.loading [--size vqa-base small] [--repeats N] [--json FILE]
+python -m benchmarks.loading [--size vqa-base small] [--repeats N] [--json FILE]
 """
 
 from __future__ import annotations

@@ -32,10 +32,9 @@ class ViT(Tower):
         self, pixel_values: Float[Tensor, "b 3 height width"], *, interpolate_pos_encoding: bool = False
     ) -> Float[Tensor, "b p d_model"]:
         batch, _, height, width = pixel_values.shape
+        positions = self.embed.positions(height, width, interpolate=interpolate_pos_encoding)
         patches = self.hook_patch_embed(self.embed.patches(pixel_values))
         cls = self.hook_cls_embed(self.embed.cls.expand(batch, 1, -1).clone())
-        pos = shown(
-            self.hook_pos_embed, self.embed.positions(height, width, interpolate=interpolate_pos_encoding), batch
-        )
+        pos = shown(self.hook_pos_embed, positions, batch)
         resid = self.hook_full_embed(torch.cat([cls, patches], dim=1) + pos)
         return self.hook_out(self.ln_post(self.run_blocks(resid)))
