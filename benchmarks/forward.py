@@ -1,6 +1,6 @@
 """What a forward costs: against HF's, with a hook, with a full cache, and with fused attention.
 
-python -m benchmarks.forward [--size vqa-base small tiny] [--repeats N] [--batch N] [--json FILE]
+``python -m benchmarks.forward [--size vqa-base small tiny] [--repeats N] [--batch N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SETTINGS = {
 
 
 def main() -> None:
+    """Measure the sizes asked for, and print one table."""
     options = parser("Forward passes, side by side.", repeats=15)
     options.add_argument("--size", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     options.add_argument("--batch", type=int, default=1)
@@ -69,7 +70,7 @@ def main() -> None:
 def comparisons(setting: Setting, batch: int, repeats: int) -> Iterator[Comparison]:
     """The rows of one size, each measured when it is asked for."""
     hf_model, tensors = setting.size.hf_model(), setting.size.inputs(batch)
-    model, inputs = HookedVLM.from_hf(hf_model), VLMInputs(**tensors)
+    model, inputs = HookedVLM.from_hf(hf_model), VLMInputs.of(tensors)
     check_equal(hf_model, model, tensors)
     fused = HookedVLM.from_hf(hf_model, attention="sdpa")
 
@@ -105,7 +106,7 @@ def check_equal(hf_model: nn.Module, model: HookedVLM, tensors: dict[str, Tensor
     handle = decoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output.logits))
     hf_model(**tensors)
     handle.remove()
-    inputs = VLMInputs(**tensors)
+    inputs = VLMInputs.of(tensors)
     for what, logits in (("forward", model(inputs)), ("run_with_cache", model.run_with_cache(inputs)[0])):
         if not torch.equal(logits, seen[0]):
             raise SystemExit(f"{what} does not give HF's logits: off by up to {(logits - seen[0]).abs().max():.1e}")

@@ -1,6 +1,6 @@
 """What ``import hooked_vlm`` costs, against ``import torch``, each in a fresh process.
 
-python -m benchmarks.importing [--repeats N] [--json FILE]
+``python -m benchmarks.importing [--repeats N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_co
 
 
 def main() -> None:
+    """Measure, and print one row."""
     chosen = parser("Import times, side by side.", repeats=15).parse_args()
     import_time("hooked_vlm")  # compiles what is not compiled yet
     row = compare(
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 def import_time(module: str) -> float:
+    """Seconds that the import statement takes in a new interpreter."""
     ran = subprocess.run([sys.executable, "-c", TIMED.format(module)], check=True, capture_output=True, text=True)
     return float(ran.stdout)
 

@@ -1,6 +1,6 @@
 """One load, in this process alone. ``benchmarks.loading`` starts it, says when each step begins, and watches.
 
-python -m benchmarks.load_once (write | ours | hf) SIZE FOLDER
+``python -m benchmarks.load_once (write | ours | hf) SIZE FOLDER``
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.models import SIZES
 
+Load = Callable[[str], Any]
+Run = Callable[[Any, dict[str, Any]], Any]
+
 
 def main() -> None:
+    """Write a checkpoint, or load one and run it once, each step on command."""
     action, size, folder = sys.argv[1:]
+    disable_progress_bar()
     if action == "write":
         SIZES[size].hf_model().save_pretrained(folder)
         return
@@ -27,7 +33,8 @@ def main() -> None:
         step(lambda: run(model, inputs))
 
 
-def ours() -> tuple[Callable[[str], Any], Callable[[Any, dict[str, Any]], Any]]:
+def ours() -> tuple[Load, Run]:
+    """How we load and run; all that it needs is imported."""
     # Loading imports these when it is called.
     from transformers import BlipConfig  # noqa: F401
 
@@ -37,11 +44,10 @@ def ours() -> tuple[Callable[[str], Any], Callable[[Any, dict[str, Any]], Any]]:
     return HookedVLM.from_pretrained, lambda model, inputs: model(inputs)
 
 
-def theirs() -> tuple[Callable[[str], Any], Callable[[Any, dict[str, Any]], Any]]:
+def theirs() -> tuple[Load, Run]:
+    """How HF does."""
     from transformers import BlipForQuestionAnswering
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     return BlipForQuestionAnswering.from_pretrained, lambda model, inputs: model(**inputs)
 
 

@@ -1,6 +1,6 @@
 """What loading costs: ``HookedVLM.from_pretrained`` against HF's, in time and memory, each in a fresh process.
 
-python -m benchmarks.loading [--size vqa-base small] [--repeats N] [--json FILE]
+``python -m benchmarks.loading [--size vqa-base small tiny] [--repeats N] [--json FILE]``
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Load:
 
 
 def main() -> None:
+    """Write a checkpoint, load it many times, and print one table."""
     options = parser("Loads of a checkpoint, side by side.", repeats=9)
     options.add_argument("--size", choices=list(SIZES), default="vqa-base")
     chosen = options.parse_args()
@@ -65,6 +66,8 @@ def main() -> None:
 
 
 def comparisons(ours: Sequence[Load], theirs: Sequence[Load], n_bytes: int) -> list[Comparison]:
+    """The rows of the table."""
+
     def against_hf(what: str, seconds: Callable[[Load], float]) -> Comparison:
         return Comparison(what, "HF's", tuple(map(seconds, ours)), tuple(map(seconds, theirs)))
 
@@ -85,6 +88,7 @@ def comparisons(ours: Sequence[Load], theirs: Sequence[Load], n_bytes: int) -> l
 
 
 def command(action: str, size: str, folder: str) -> list[str]:
+    """What starts a process of :mod:`benchmarks.load_once`."""
     return [sys.executable, "-m", "benchmarks.load_once", action, size, folder]
 
 
@@ -92,7 +96,8 @@ def watch(arguments: list[str]) -> Load:
     """Run one load, step by step, and sample its memory from outside while it goes on."""
     start = time.perf_counter()
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdout.readline()
         imports = time.perf_counter() - start
         before = memory(process.pid)

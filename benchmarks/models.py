@@ -1,4 +1,4 @@
-"""The models that are measured: HF's BLIP for question answering, of two sizes, with random weights."""
+"""The models that are measured: HF's BLIP for question answering, with random weights, of three sizes."""
 
 from __future__ import annotations
 

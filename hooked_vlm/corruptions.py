@@ -123,7 +123,11 @@ class CounterfactualImage:
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         if clean.texts is None and clean.input_ids is not None:
             raise ValueError("a counterfactual image needs inputs that model.prepare made")
-        other = model.prepare(self.images, None if clean.texts is None else [piece.text for piece in clean.texts])
+        other = model.prepare(
+            self.images,
+            None if clean.texts is None else [piece.text for piece in clean.texts],
+            interpolate_pos_encoding=clean.interpolate_pos_encoding,
+        )
         if _pixels(other).shape != _pixels(clean).shape:
             raise ValueError(
                 f"the counterfactual pixels are {tuple(_pixels(other).shape)}, the clean {tuple(_pixels(clean).shape)}"

@@ -41,7 +41,7 @@ class HookError(ValueError):
     """A hook was asked for, or answered, something that its hook point cannot do."""
 
 
-class StopForward(BaseException):  # noqa: N818 - a signal, like StopIteration; no `except Exception` may swallow it
+class StopForward(BaseException):  # a signal, like StopIteration; no `except Exception` may swallow it
     """Ends a forward at the hook point that was named as ``stop_at``."""
 
     def __init__(self, activation: Tensor) -> None:
@@ -246,6 +246,13 @@ def _without_batch(activation: Tensor, name: str) -> Tensor:
     return activation[0]
 
 
+def _one_number(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise HookError(f"incl_bwd needs one number to differentiate, not {what}: incl_bwd=lambda logits: ...")
+    return output
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
@@ -422,7 +429,7 @@ class HookedModule(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         stop_at: str | None = None,
-        incl_bwd: bool = False,
+        incl_bwd: bool | Callable[[Any], Tensor] = False,
         pos_slice: PositionSlice = None,
         remove_batch_dim: bool = False,
         reset_hooks_end: bool = True,
@@ -435,13 +442,13 @@ class HookedModule(nn.Module):
             device: where activations are kept; by default where they were made.
             dtype: what floating activations are kept in; by default as they were made.
             stop_at: a hook name; the forward ends there and its activation is returned in place of the output.
-            incl_bwd: call ``backward()`` on the output, which must then be a scalar, and keep the gradients too,
-                as ``name + "_grad"``.
+            incl_bwd: keep gradients too, as ``name + "_grad"``: of the number that this function makes of the output,
+                or with True of the output itself, which must then be one number.
             pos_slice: positions to keep, on the position (or query) axis; an int drops the axis.
             remove_batch_dim: drop the batch axis; the batch must be 1.
 
         Raises:
-            HookError: ``names_filter`` or ``stop_at`` selects nothing.
+            HookError: ``names_filter`` or ``stop_at`` selects nothing; ``incl_bwd`` without one number.
         """
         activations: dict[str, Tensor] = {}
 
@@ -460,7 +467,7 @@ class HookedModule(nn.Module):
                 handles += self.add_hook(names, caching("_grad"), "bwd", reads=True)
             output = self._run(model_args, model_kwargs, stop_at)
             if incl_bwd:
-                output.backward()
+                _one_number(incl_bwd(output) if callable(incl_bwd) else output).backward()
         finally:
             if reset_hooks_end:
                 for handle in handles:

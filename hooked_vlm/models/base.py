@@ -152,11 +152,11 @@ class HookedVLM(HookedModule):
     # Running ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def forward(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b p d_vocab"]:
-        """Logits ``[b p d_vocab]``."""
+    def forward(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b ..."]:
+        """Logits: ``[b p d_vocab]`` where the model predicts tokens."""
 
     @abstractmethod
-    def prepare(self, images: Any, texts: str | Sequence[str] | None = None) -> VLMInputs:
+    def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and texts, through the checkpoint's own processor."""
 
     @abstractmethod
@@ -170,8 +170,10 @@ class HookedVLM(HookedModule):
     def _inputs(self, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:
         return VLMInputs.of(inputs).checked(self.config.text.d_vocab).to(self.device)
 
-    def patch(self, inputs: VLMInputs | Mapping[str, Any], edits: Sequence[Edit]) -> Float[Tensor, "b p d_vocab"]:
-        """The logits of a run in which ``edits`` apply together.
+    def patch(
+        self, inputs: VLMInputs | Mapping[str, Any], edits: Sequence[Edit], **options: Any
+    ) -> Float[Tensor, "b ..."]:
+        """The logits of a run in which ``edits`` apply together. ``options`` go to the forward.
 
         Raises:
             EditError, HookError: an edit that does not fit its site, its source or these inputs.
@@ -180,7 +182,7 @@ class HookedVLM(HookedModule):
 
         inputs = self._inputs(inputs)
         fired: set[str] = set()
-        logits = self.run_with_hooks(inputs, fwd_hooks=edit_hooks(self, inputs, edits, fired))
+        logits = self.run_with_hooks(inputs, fwd_hooks=edit_hooks(self, inputs, edits, fired), **options)
         for edit in edits:
             if not any(name in fired for name, _ in edit.hooks(self, inputs, set())):
                 raise EditError(f"{edit.site} is not passed in this run, so {type(edit).__name__} changed nothing")
