@@ -155,10 +155,12 @@ class ActivationCache(Mapping[str, Tensor]):
 
         Returns:
             ``[c ...]``, stacked along a new first axis.
+
+        Raises:
+            ValueError: no such layer; ``apply_ln`` in a post-LN tower, whose stream is normalised already.
         """
         tower = self._tower(tower)
-        n_layers = self._n_layers(tower)
-        last = n_layers if layer is None or layer == -1 else layer
+        n_layers, last = self._n_layers(tower), self._end(layer, tower)
         mids = ["mid", "mid_cross"] if incl_mid else []
         names: list[tuple[str, str]] = []
         for index in range(last + 1):
@@ -173,9 +175,9 @@ class ActivationCache(Mapping[str, Tensor]):
         ]
         stack = torch.stack([self[name] for _, name in kept])
         if apply_ln:
-            norm = next((n for n in ("ln_final", "ln_post") if hasattr(self._module(tower), n)), None)
-            if norm is None:
-                raise ValueError(f"{tower} has no last LayerNorm to apply")
+            if self._module(tower).config.norm_order == "post":
+                raise ValueError(f"{tower} normalises its stream in every layer; there is no last LayerNorm to apply")
+            norm = next(n for n in ("ln_final", "ln_post") if hasattr(self._module(tower), n))
             stack = getattr(self._module(tower), norm).normalize(stack)
         return (stack, [label for label, _ in kept]) if return_labels else stack
 
@@ -201,7 +203,7 @@ class ActivationCache(Mapping[str, Tensor]):
                 f"{tower} normalises its stream after every sub-layer, so the stream is not a sum of what was added; "
                 "stack hook_attn_out, hook_cross_attn_out and hook_mlp_out instead: cache.stack('mlp_out', tower)"
             )
-        last = self._n_layers(tower) if layer is None or layer == -1 else layer
+        last = self._end(layer, tower)
         kinds = {"all": ("attn_out", "cross_attn_out", "mlp_out"), "attn": ("attn_out", "cross_attn_out")}.get(
             mode, ("mlp_out",)
         )
@@ -228,7 +230,7 @@ class ActivationCache(Mapping[str, Tensor]):
         """
         tower = self._tower(tower)
         module = "cross_attn" if cross else "attn"
-        last = self._n_layers(tower) if layer is None or layer == -1 else layer
+        last = self._end(layer, tower)
         results, labels = [], []
         for index in range(last):
             attention = self._module(tower).blocks[index].get_submodule(module)
@@ -258,23 +260,33 @@ class ActivationCache(Mapping[str, Tensor]):
             return self._module(tower).config.n_layers
         return 1 + max(int(name.split(".")[2]) for name in self if name.startswith(f"{tower}.blocks."))
 
+    def _end(self, layer: int | None, tower: str) -> int:
+        n_layers = self._n_layers(tower)
+        if layer is None or layer == -1:
+            return n_layers
+        if not 0 <= layer <= n_layers:
+            raise ValueError(f"{tower} has {n_layers} layers; there is no layer {layer}")
+        return layer
+
     def _stream(self, tower: str, point: str) -> str:
         # In a post-LN block, what the next sub-layer reads is the LayerNorm's output.
         post_norm = self._module(tower).config.norm_order == "post"
         return f"hook_normalized_resid_{point}" if post_norm else f"hook_resid_{point}"
 
 
+ATTENTION = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
+"""The hook points inside an attention."""
+
+
 def _endings(short: str) -> Sequence[str]:
     """The names inside a block that a short name may mean."""
     if "hook_" in short:
         return (short,)
-    if short.startswith("cross_") and not short.startswith("cross_attn"):
-        return (f"cross_attn.hook_{short.removeprefix('cross_')}",)
+    if short.removeprefix("cross_") in ATTENTION:
+        return (f"{'cross_' if short.startswith('cross_') else ''}attn.hook_{short.removeprefix('cross_')}",)
     if short in ("pre", "pre_linear", "post"):
         return (f"mlp.hook_{short}",)
     if short.startswith(("ln", "scale", "normalized")) and "resid" not in short:
         owner, _, point = short.rpartition(".")
         return (f"{owner or 'ln1'}.hook_{point}",)
-    if short in ("q", "k", "v", "z", "pattern", "attn_scores", "result", "rot_q", "rot_k"):
-        return (f"attn.hook_{short}",)
     return (f"hook_{short}",)

@@ -45,6 +45,13 @@ def seeded() -> Iterator[None]:
     torch.set_grad_enabled(grad)
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signatures unchecked, as they are for users: to give what they forbid, or because the checks take most of the
+    time of a small forward, in a test that makes thousands."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
     """The folder of reference data beside the checkout; not everyone has it. Mark the test `reference_data` too."""

@@ -18,7 +18,7 @@ MLP_OUT = "question_encoder.blocks.1.hook_mlp_out"
 LOGITS = "answer_decoder.hook_logits"
 
 
-class OfTheTest(Exception):
+class OfTheTestError(Exception):
     """Raised by a test's hook."""
 
 
@@ -53,7 +53,7 @@ def zero(activation: Tensor, hook: HookPoint) -> Tensor:
 
 
 def fail(activation: Tensor, hook: HookPoint) -> None:
-    raise OfTheTest
+    raise OfTheTestError
 
 
 # Contexts --------------------------------------------------------------------------------------------------------
@@ -173,16 +173,16 @@ def test_contexts_of_hook_points_are_cleared_when_asked(model: HookedVLM, batch:
 def test_removed_when_a_hook_raises(model: HookedVLM, batch: dict) -> None:
     fired: list[str] = []
     for reset in (True, False):
-        with pytest.raises(OfTheTest):
+        with pytest.raises(OfTheTestError):
             model.run_with_hooks(batch, fwd_hooks=[("*", noting(fired)), (MLP_OUT, fail)], reset_hooks_end=reset)
     assert fired
-    with model.hooks([(MLP_OUT, fail)]), pytest.raises(OfTheTest):
+    with model.hooks([(MLP_OUT, fail)]), pytest.raises(OfTheTestError):
         model.run_with_cache(batch)
 
 
 def test_removed_when_the_body_raises(model: HookedVLM) -> None:
-    with pytest.raises(OfTheTest), model.hooks([("*", zero)]):
-        raise OfTheTest
+    with pytest.raises(OfTheTestError), model.hooks([("*", zero)]):
+        raise OfTheTestError
     with pytest.raises(KeyboardInterrupt), model.hooks([("*", zero)], reset_hooks_end=False):
         raise KeyboardInterrupt
 
@@ -227,7 +227,10 @@ def test_names_patterns_lists_and_predicates(model: HookedVLM, batch: dict, name
     [
         ("question_encoder.blocks.1.hook_mlpout", rf"no hook is called.*nearest:.*{MLP_OUT}"),
         ("question_encoder.blocks.7.*", "pattern matches no hook 'question_encoder.blocks.7"),
-        ([MLP_OUT, "answer_decoder.hook_logit"], "no hook is called 'answer_decoder.hook_logit'; nearest: .*hook_logits"),
+        (
+            [MLP_OUT, "answer_decoder.hook_logit"],
+            "no hook is called 'answer_decoder.hook_logit'; nearest: .*hook_logits",
+        ),
         (lambda name: False, r"the predicate '<lambda>' matches none of \d+ hooks"),
         ("", "no hook is called ''"),
     ],
@@ -273,10 +276,8 @@ def test_an_answer_that_does_not_fit(model: HookedVLM, batch: dict, answer: Call
         model(batch).sum().backward()
 
 
-def test_direction_is_forward_or_backward(model: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    import jaxtyping
-
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+@pytest.mark.usefixtures("unchecked")
+def test_direction_is_forward_or_backward(model: HookedVLM) -> None:
     with pytest.raises(HookError, match="'fwd' or 'bwd', not 'both'"):
         model.add_hook(MLP_OUT, zero, "both")
 

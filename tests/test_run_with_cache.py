@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, HookError, HookPoint
-from tests.tiny_blip import hf_blip, inputs
+from tests.tiny_blip import Shape, hf_blip, inputs
 
 MLP_OUT = "question_encoder.blocks.1.hook_mlp_out"
 LOGITS = "answer_decoder.hook_logits"
+ONE_LAYER = Shape(text=36, text_heads=3, vision=36, vision_heads=3, text_layers=1, vision_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -101,34 +102,49 @@ def answer(logits: Tensor) -> Tensor:
     return logits[:, -1, 7].sum() - logits[:, -1, 8].sum()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_cached_gradients_are_autograds(model: HookedVLM, batch: dict, attention: str) -> None:
-    """Of each point's own readers: ``hook_mlp_in``'s is not the gradient of the residual that it is a copy of."""
-    model.attention = attention
-    _, cache = model.run_with_cache(batch, incl_bwd=answer)
-    model.zero_grad(set_to_none=True)
-    own: dict[str, Tensor] = {}
+def own_gradient(model: HookedVLM, batch: dict, name: str) -> Tensor:
+    """By autograd alone: of what the readers of this hook point, and nobody else, were given."""
+    own: list[Tensor] = []
 
     def split_off(activation: Tensor, hook: HookPoint) -> Tensor:
-        own[hook.name] = activation.view_as(activation)
-        return own[hook.name]
+        own.append(activation.view_as(activation))
+        return own[0]
 
-    logits = model.run_with_hooks(batch, fwd_hooks=[("*", split_off)])
-    gradients = torch.autograd.grad(answer(logits), list(own.values()))
-    model.attention = "eager"
-    assert list(cache) == [*model.hook_names, *reversed([f"{name}_grad" for name in model.hook_names])] or set(
-        cache
-    ) == {*model.hook_names, *(f"{name}_grad" for name in model.hook_names)}
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    for name, expected in zip(own, gradients, strict=True):
-        torch.testing.assert_close(
-            cache[f"{name}_grad"], expected, rtol=1e-4, atol=1e-6 * largest, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    logits = model.run_with_hooks(batch, fwd_hooks=[(name, split_off)])
+    return torch.autograd.grad(answer(logits), own)[0]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.usefixtures("unchecked")
+def test_cached_gradients_are_autograds(attention: str, batch: dict) -> None:
+    """``hook_mlp_in``'s, say, is not the gradient of the residual that it is a copy of, but of the MLP's reading."""
+    model = HookedVLM.from_hf(hf_blip("vqa", ONE_LAYER), attention=attention)
+    own_inputs = [name for name in model.hook_names if name.endswith(("q_input", "k_input", "v_input"))]
+    others = [name for name in model.hook_names if name not in own_inputs]
+    gradients: dict[str, Tensor] = {}
+    for names in (others, own_inputs):
+        _, cache = model.run_with_cache(batch, names_filter=names, incl_bwd=answer)
+        assert set(cache) == {*names, *(f"{name}_grad" for name in names)}
+        gradients |= {name: cache[f"{name}_grad"] for name in names}
+    expected = {name: own_gradient(model, batch, name) for name in model.hook_names}
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    wrong = {name: float((gradients[name] - expected[name]).abs().max()) / largest for name in expected}
+    assert not {name: strayed for name, strayed in wrong.items() if not strayed < 1e-5}
+
+
+def test_where_queries_have_their_own_input_gradients_go_through_it(model: HookedVLM, batch: dict) -> None:
+    """And no longer through the LayerNorm that they shared."""
+    block = "vision_encoder.blocks.1."
+    own = [f"{block}hook_{name}_input" for name in "qkv"]
+    _, cache = model.run_with_cache(batch, names_filter=[*own, f"{block}ln1.hook_normalized"], incl_bwd=answer)
+    assert all(cache[f"{name}_grad"].any() for name in own)
+    assert f"{block}ln1.hook_normalized_grad" not in cache
+    _, cache = model.run_with_cache(batch, names_filter=f"{block}ln1.hook_normalized", incl_bwd=answer)
+    assert cache[f"{block}ln1.hook_normalized_grad"].any()
+    model.zero_grad(set_to_none=True)
 
 
 def test_gradients_of_a_scalar_output_need_no_function(model: HookedVLM, batch: dict) -> None:
-    total = "hook_total"
-
     class Summed(type(model)):  # type: ignore[misc]
         def forward(self, inputs: Any) -> Tensor:
             return super().forward(inputs).sum()
@@ -140,7 +156,7 @@ def test_gradients_of_a_scalar_output_need_no_function(model: HookedVLM, batch: 
         model.__class__ = kind
         model.zero_grad(set_to_none=True)
     assert output.shape == ()
-    assert torch.equal(cache[f"{LOGITS}_grad"], torch.ones_like(cache[LOGITS])), total
+    assert torch.equal(cache[f"{LOGITS}_grad"], torch.ones_like(cache[LOGITS]))
 
 
 def test_a_backward_hook_can_replace_the_gradient(model: HookedVLM, batch: dict) -> None:
@@ -153,7 +169,8 @@ def test_a_backward_hook_can_replace_the_gradient(model: HookedVLM, batch: dict)
         bwd_hooks=[("vision_encoder.hook_out", lambda gradient, hook: gradient * 0), ("vision_encoder.*", note)]
     ):
         answer(model(batch)).backward()
-    assert seen["vision_encoder.hook_out"].any() == seen["vision_encoder.blocks.0.hook_resid_pre"].any() == False  # noqa: E712
+    assert not any(gradient.any() for gradient in seen.values())
+    assert len(seen) > 50
     assert model.question_encoder.embed.token.weight.grad.any()
     assert not model.vision_encoder.embed.patch.weight.grad.any()
     model.zero_grad(set_to_none=True)
@@ -185,7 +202,7 @@ def test_a_detached_activation_passes_no_gradient(model: HookedVLM, batch: dict)
     freeze = [("*hook_pattern", lambda pattern, hook: pattern.detach())]
     answer(model.run_with_hooks(batch, fwd_hooks=freeze)).backward()
     model.attention = "eager"
-    assert not model.question_encoder.blocks[0].attn.q.weight.grad.any()
+    assert model.question_encoder.blocks[0].attn.q.weight.grad is None
     assert model.question_encoder.blocks[0].attn.v.weight.grad.any()
     model.zero_grad(set_to_none=True)
 
@@ -194,7 +211,7 @@ def test_a_detached_activation_passes_no_gradient(model: HookedVLM, batch: dict)
 
 POSITIONS = st.one_of(
     st.integers(-3, 2),
-    st.slices(3),
+    st.slices(3).filter(lambda positions: (positions.step or 1) > 0),  # torch has no others
     st.lists(st.integers(-3, 2), min_size=1, max_size=4),
     st.lists(st.integers(0, 2), min_size=1, max_size=4).map(torch.tensor),
     st.lists(st.booleans(), min_size=3, max_size=3).map(torch.tensor),

@@ -77,13 +77,17 @@ def hf_blip(task: str, shape: str | Shape = "heads of 12", *, seed: int = 0, sca
         },
         image_text_hidden_size=26,
     )
-    model = CLASSES[task](config).eval()
+    return randomised(CLASSES[task](config).eval(), seed, scale)
+
+
+@torch.no_grad()
+def randomised(model: PreTrainedModel, seed: int, scale: float) -> PreTrainedModel:
+    """The same model with other weights: gains around 1, biases around 0, matrices of this standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            is_gain = "norm" in name.lower() and name.endswith("weight")
-            parameter.copy_(drawn * (0.3 if parameter.dim() == 1 else scale) + (1.0 if is_gain else 0.0))
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0.0, 0.3 if parameter.dim() == 1 else scale, generator=generator)
+        if "norm" in name.lower() and name.endswith("weight"):
+            parameter += 1
     return model
 
 

@@ -28,9 +28,14 @@ class LayerNorm(nn.Module):
     def forward(self, x: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
         normalized = self.normalize(x)
         if self.hook_scale.is_hooked:
-            centered = x - x.mean(-1, keepdim=True)
-            scale, edited = self.hook_scale.show((centered.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-            normalized = follow(normalized, edited, lambda: centered / scale * self.weight + self.bias, scale)
+            # In float32 at least, as the kernel does: in float16 a square soon overflows.
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            centered = wide - wide.mean(-1, keepdim=True)
+            variance = centered.pow(2).mean(-1, keepdim=True)
+            scale, edited = self.hook_scale.show((variance + self.eps).sqrt().to(x.dtype))
+            normalized = follow(
+                normalized, edited, lambda: (centered / scale).to(x.dtype) * self.weight + self.bias, scale
+            )
         return self.hook_normalized(normalized)
 
     def normalize(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

@@ -260,8 +260,10 @@ class HookedBlipVQA(HookedBlip):
     def _start_decoding(self, inputs: VLMInputs) -> tuple[BertDecoding, Int[Tensor, "b prompt"]]:
         question = self.encode_question(inputs)
         known = self.answer_decoder.new_known()
-        decoding = BertDecoding(self.answer_decoder, known, question, self._question_mask(inputs))
-        return decoding, self._tower_ids(inputs, "answer_decoder")[0]
+        prompt, mask = self._tower_ids(inputs, "answer_decoder")
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("an answer is generated from decoder_input_ids without padding: give rows of one length")
+        return BertDecoding(self.answer_decoder, known, question, self._question_mask(inputs)), prompt
 
 
 class HookedBlipCaption(HookedBlip):

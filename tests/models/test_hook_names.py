@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -84,12 +83,6 @@ def in_place(activation: Tensor, hook: HookPoint) -> None:
 def run(mode: str, attention: str, name: str, edit: Callable[..., Any]) -> Tensor:
     model, batch = model_and_inputs(mode, attention)
     return model.run_with_hooks(batch, fwd_hooks=[(name, edit)], **MODES[mode].options)
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the checks of signatures, which take most of the time of a small forward, and are made elsewhere."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 CASES = [(mode, attention) for mode in MODES for attention in ATTENTION]

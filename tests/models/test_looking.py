@@ -1,4 +1,4 @@
-"""Looking changes nothing: a run that is cached, or hooked by what only reads, gives the plain run's numbers to the bit.
+"""Looking changes nothing: a run that is cached, or hooked by what only reads, gives the plain numbers to the bit.
 
 In every dtype, implementation of attention and gradient mode. What is computed only to be looked at (the pattern beside
 a fused kernel, a head's own result, a LayerNorm's scale) still receives its gradient.
@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -44,12 +43,6 @@ def model_and_inputs(
 ) -> tuple[HookedVLM, dict[str, Any]]:
     torch.manual_seed(0)
     return HookedVLM.from_hf(hf_blip(task, shape).to(dtype), attention=attention), padded_inputs(task)
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the checks of signatures, which take most of the time of a small forward, and are made elsewhere."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def look(activation: Tensor, hook: HookPoint) -> None:
@@ -155,6 +148,18 @@ def test_results_and_scale_are_what_they_are_called() -> None:
             centered = (normalized - owner.bias) / owner.weight * cache[name]  # what the LayerNorm read, less its mean
             variance = centered.pow(2).mean(-1, keepdim=True)
             torch.testing.assert_close((variance + owner.eps).sqrt(), cache[name], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scale_is_finite_in_half_precision_where_its_square_is_not() -> None:
+    model, batch = model_and_inputs("vqa", torch.float16, "eager")
+    bright = batch | {"pixel_values": batch["pixel_values"] * 3000}
+    plain = model(bright)
+    _, cache = model.run_with_cache(bright)
+    assert float(cache["resid_post", 0, "vision_encoder"].abs().max()) > 300
+    assert all(bool(tensor.isfinite().all()) for name, tensor in cache.items() if name.endswith("hook_scale"))
+    keep = [("vision_encoder.blocks.1.ln1.hook_scale", lambda scale, hook: scale.clone())]
+    torch.testing.assert_close(model.run_with_hooks(bright, fwd_hooks=keep), plain, rtol=0, atol=5e-2)
 
 
 BESIDE = ["hook_pattern", "hook_attn_scores", "hook_result", "ln1.hook_scale", "ln2.hook_scale", "hook_q_input"]

@@ -45,7 +45,9 @@ def test_equals_hf_parts(model, label_smoothing):
     for row, (answers, scores) in enumerate(zip(ranked.answers, ranked.log_likelihoods, strict=True)):
         expected = {name: float(score) for name, score in zip(CANDIDATES, reference[row], strict=True)}
         # Candidates are scored as one padded batch, so sums may differ in the last bits.
-        assert [float(score) for score in scores] == pytest.approx([expected[name] for name in answers], rel=1e-5, abs=2e-6)
+        assert [float(score) for score in scores] == pytest.approx(
+            [expected[name] for name in answers], rel=1e-5, abs=2e-6
+        )
         assert answers == sorted(CANDIDATES, key=lambda name: -expected[name])
 
 

@@ -144,8 +144,12 @@ def disagreements(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     return wrong
 
 
+def everything(_name: str) -> bool:
+    return True
+
+
 @contextmanager
-def recording(hf: nn.Module, task: str) -> Iterator[dict[str, Tensor]]:
+def recording(hf: nn.Module, task: str, wanted: Callable[[str], bool] = everything) -> Iterator[dict[str, Tensor]]:
     """While this lasts, a forward of ``hf`` fills the dictionary: our hook name to HF's tensor."""
     record: dict[str, Tensor] = {}
 
@@ -159,7 +163,7 @@ def recording(hf: nn.Module, task: str) -> Iterator[dict[str, Tensor]]:
 
         return module.register_forward_hook(hook, with_kwargs=True)
 
-    handles = [watch(name, hf.get_submodule(module), read) for name, module, read in table(hf, task)]
+    handles = [watch(name, hf.get_submodule(module), read) for name, module, read in table(hf, task) if wanted(name)]
     try:
         yield record
     finally:

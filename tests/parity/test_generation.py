@@ -186,6 +186,17 @@ def test_an_edit_during_generation_acts_at_every_step() -> None:
     assert (found[:, 1:] == favourite).all()
 
 
+def test_an_answer_goes_on_from_what_is_given() -> None:
+    ours = HookedVLM.from_hf(wordy("vqa", 1))
+    batch = batch_for("vqa", "plain")
+    whole = ours.generate(batch, max_new_tokens=LENGTH, return_type="tokens")
+    begun = batch | {"decoder_input_ids": whole[:, :3]}
+    assert torch.equal(ours.generate(begun, max_new_tokens=LENGTH - 2, return_type="tokens"), whole)
+    padded = begun | {"decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]])}
+    with pytest.raises(ValueError, match="without padding"):
+        ours.generate(padded, return_type="tokens")
+
+
 def test_inputs_are_not_written_to() -> None:
     ours = HookedVLM.from_hf(wordy("caption", 0))
     batch = batch_for("caption", "plain")

@@ -1,4 +1,4 @@
-"""Padding changes nothing: a padded row gives what it gives alone. Where that is asked for, it changes what HF's does."""
+"""Padding changes nothing: a padded row gives what it gives alone; and where that is asked for, what HF gives it."""
 
 from __future__ import annotations
 
