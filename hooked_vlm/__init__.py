@@ -4,7 +4,8 @@ Numbers are HF's, to the bit; names are TransformerLens's. Start at :meth:`Hooke
 """
 
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.hooks import HookedModule, HookError, HookPoint
+from hooked_vlm.hook_point import HookError, HookPoint
+from hooked_vlm.hooks import HookedModule
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.models import HookedBlipCaption, HookedBlipRetrieval, HookedBlipVQA, HookedVLM
 from hooked_vlm.version import __version__

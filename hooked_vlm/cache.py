@@ -78,7 +78,8 @@ class ActivationCache(Mapping[str, Tensor]):
             name for t in towers for ending in endings if (name := f"{t}.blocks.{layer}.{ending}") in self.activations
         ]
         if len(found) > 1:
-            raise KeyError(f"{short!r} at layer {layer} is in several towers; name one of: {', '.join(towers)}")
+            holders = ", ".join(name.split(".")[0] for name in found)
+            raise KeyError(f"{short!r} at layer {layer} is in several towers; name one of: {holders}")
         return found[0] if found else f"{towers[0] if towers else tower}.blocks.{layer}.{endings[0]}"
 
     # Moving and keeping ------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.hooks import HookFunction, HookPoint, match_names
+from hooked_vlm.hook_point import HookFunction, HookPoint
+from hooked_vlm.hooks import match_names
 from hooked_vlm.inputs import Span, VLMInputs
 from hooked_vlm.models import HookedVLM
 

@@ -140,6 +140,11 @@ class VLMInputs:
         """The tensors that are present, by HF's name."""
         return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
 
+    def __repr__(self) -> str:
+        shapes = [f"{name} {list(tensor.shape)}" for name, tensor in self.tensors().items()]
+        texts = [repr(piece.text) for piece in self.texts or ()]
+        return f"VLMInputs({'; '.join([*shapes, *texts, *([f'spans {list(self.spans)}'] if self.spans else [])])})"
+
     def __len__(self) -> int:
         """Rows in the batch."""
         return next((len(tensor) for tensor in self.tensors().values()), 0)

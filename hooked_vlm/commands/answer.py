@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hooked_vlm.commands.common import AttentionOption, DtypeOption, load_model
+from hooked_vlm.commands.common import AttentionOption, DeviceOption, DtypeOption, RevisionOption, load_model
 
 
 def answer(
@@ -20,8 +20,10 @@ def answer(
     max_new_tokens: Annotated[int, typer.Option(help="How long the answer may be, in tokens.")] = 20,
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
 ) -> None:
     """Print a model's answer to a question about a picture."""
-    hooked = load_model(model, dtype, attention)
+    hooked = load_model(model, dtype, attention, device, revision)
     inputs = hooked.prepare(image, question or None)
     typer.echo(hooked.generate(inputs, num_beams=beams, max_new_tokens=max_new_tokens)[0])

@@ -25,6 +25,8 @@ DtypeOption = Annotated[
 AttentionOption = Annotated[
     AttentionKind | None, typer.Option(help="How attention is computed; by default as HF does for this model.")
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs, such as cuda:0; by default the CPU.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 BAD_INPUT = 2
 """The exit code for input that cannot be used; typer's own for a wrong option."""
@@ -68,8 +70,16 @@ def torch_dtype(name: Dtype | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def load_model(name_or_path: str, dtype: Dtype | None = None, attention: AttentionKind | None = None) -> HookedVLM:
+def load_model(
+    name_or_path: str,
+    dtype: Dtype | None = None,
+    attention: AttentionKind | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+) -> HookedVLM:
     """A model as the options ask for it."""
     from hooked_vlm.models import HookedVLM
 
-    return HookedVLM.from_pretrained(name_or_path, dtype=torch_dtype(dtype), attention=attention)
+    return HookedVLM.from_pretrained(
+        name_or_path, dtype=torch_dtype(dtype), attention=attention, device=device, revision=revision
+    )

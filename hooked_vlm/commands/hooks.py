@@ -11,7 +11,7 @@ import typer
 from hooked_vlm.commands.common import console, load_model
 
 if TYPE_CHECKING:
-    from hooked_vlm.hooks import HookPoint
+    from hooked_vlm.hook_point import HookPoint
     from hooked_vlm.models import HookedVLM
 
 

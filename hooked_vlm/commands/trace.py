@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hooked_vlm.commands.common import AttentionOption, DtypeOption, load_model
+from hooked_vlm.commands.common import AttentionOption, DeviceOption, DtypeOption, RevisionOption, load_model
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,6 +42,8 @@ def trace(
     out: Annotated[Path, typer.Option(help="Folder for the result and its figures.")] = Path("trace"),
     dtype: DtypeOption = None,
     attention: AttentionOption = None,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
 ) -> None:
     """Causal tracing: which states, put back to their clean value, bring a corrupted answer back."""
     from hooked_vlm import toys
@@ -54,7 +56,7 @@ def trace(
     sample = None if image is not None else toys.demo_sample()
     if image is not None and question is None:
         raise ValueError("--image needs a --question")
-    hooked = load_model(model, dtype, attention)
+    hooked = load_model(model, dtype, attention, device, revision)
     picture = load_image(image) if image is not None else toys.demo_sample().image
     text = question or toys.demo_sample().question
     corruption = _corruption(corrupt, draws, seed, sample)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hooked_vlm.components.mask import Mask
 from hooked_vlm.config import AttentionImplementation
-from hooked_vlm.hooks import HookPoint, follow
+from hooked_vlm.hook_point import HookPoint, follow
 
 
 class Split(NamedTuple):

@@ -15,7 +15,7 @@ from hooked_vlm.components.mask import Mask
 from hooked_vlm.components.mlp import MLP
 from hooked_vlm.components.norm import LayerNorm
 from hooked_vlm.config import AttentionImplementation, TowerConfig
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hook_point import HookPoint
 
 
 @dataclass

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooked_vlm.hooks import HookPoint, follow
+from hooked_vlm.hook_point import HookPoint, follow
 
 
 class LayerNorm(nn.Module):

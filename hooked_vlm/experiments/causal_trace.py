@@ -125,7 +125,7 @@ def causal_trace(
         corrupted_scores=_mean_draws(metric(corrupted_logits), corrupted.draws),
         direction=direction,
     )
-    result["identity"] = _identities(model, result, width, convention)
+    result["identity"] = _identities(model, result, width, convention, image_is_clean=_same_image(clean, corrupted))
     result["answer"] = ("sample", model.token_strings(answer))
     result["foil"] = ("sample", model.token_strings(foil))
     return result.assign_attrs(
@@ -261,17 +261,33 @@ def _normalized(patched: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -
     return normalized(*(torch.as_tensor(values) for values in (patched, clean, corrupted))).numpy()
 
 
-def _identities(model: HookedVLM, result: xr.Dataset, width: int, convention: WindowConvention) -> xr.DataArray:
-    """Cells that give the source run whatever the model: a tower's last stream, whole or where the answer is read."""
+def _same_image(clean: VLMInputs, corrupted: Corrupted) -> bool:
+    """Whether the corruption lies in the text alone."""
+    if corrupted.edits or clean.pixel_values is None or corrupted.inputs.pixel_values is None:
+        return False
+    return torch.equal(_repeat(clean.pixel_values, corrupted.draws), corrupted.inputs.pixel_values)
+
+
+def _identities(
+    model: HookedVLM, result: xr.Dataset, width: int, convention: WindowConvention, *, image_is_clean: bool
+) -> xr.DataArray:
+    """Cells that give the source run whatever the model.
+
+    A tower's last stream is all that is read of it: whole, or where the answer is read. Under a clean image, so is
+    any layer's whole stream in a tower that reads nothing but the image besides.
+    """
     identity = result.patched.isel(metric=0, sample=0, drop=True).isnull() & False
     if "resid" not in result.site.values:
         return identity
-    for tower in result.tower.values:
-        n_layers = _n_layers(model, str(tower))
-        reach = [layer for layer in range(n_layers) if n_layers - 1 in window(layer, width, n_layers, convention)]
+    for tower in map(str, result.tower.values):
+        n_layers = _n_layers(model, tower)
+        last = [layer for layer in range(n_layers) if n_layers - 1 in window(layer, width, n_layers, convention)]
         tokens = result.token.sel(tower=tower).isel(sample=0).values
-        everything = [ALL] if "(all)" in tokens else []
-        last_read = [int((tokens != "").sum()) - 1 - len(everything)] if tower == model.towers[-1] else []
-        for position in everything + last_read:
-            identity.loc[{"tower": tower, "site": "resid", "layer": reach, "position": position}] = True
+        if "(all)" in tokens:
+            reads_image = model.towers[model.towers.index(tower) - 1] == "vision_encoder"
+            whole = range(n_layers) if image_is_clean and reads_image else last
+            identity.loc[{"tower": tower, "site": "resid", "layer": list(whole), "position": ALL}] = True
+        if tower == model.towers[-1]:
+            read = int((tokens != "").sum()) - 1 - ("(all)" in tokens)
+            identity.loc[{"tower": tower, "site": "resid", "layer": last, "position": read}] = True
     return identity

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.components import LayerNorm, TokenEmbedding, activation, bidirectional_mask, causal_mask
 from hooked_vlm.config import AttentionImplementation, BertConfig
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.models.tower import Known, Tower, shown
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.config import BlipConfig
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.bert import Bert

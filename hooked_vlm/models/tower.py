@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.components import LayerKnown, Mask, build_block
 from hooked_vlm.config import AttentionImplementation, TowerConfig
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hook_point import HookPoint
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_vlm.components import LayerNorm, PatchEmbedding
 from hooked_vlm.config import AttentionImplementation, ViTConfig
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.models.tower import Tower, shown
 
 

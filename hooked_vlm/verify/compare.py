@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_vlm.config import AttentionImplementation, BlipTask
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.loading import resolve
 from hooked_vlm.models import HookedVLM
@@ -135,6 +135,8 @@ def verify(
             device=device,
             attention=ours,
             cross_attention_padding="hf" if is_padded else "mask",
+            # HF knows no variant: like with like is the weights and config as HF reads them.
+            variant="hf",
         )
         if tolerance is None:
             tolerance = 0.0 if ours == theirs else UNLIKE_ATTENTION[model.dtype]

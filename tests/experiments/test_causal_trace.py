@@ -76,7 +76,11 @@ def test_all_tokens_of_the_last_encoder_stream_give_the_clean_run(traced):
 
 
 def test_identities_are_only_those(traced):
-    assert int(traced[1].identity.sum()) == 2
+    """Under a corrupted question alone, all tokens of any layer's stream are all that differs, too."""
+    corruption, result = traced
+    n_layers = result.sizes["layer"]
+    assert int(result.identity.sum()) == (1 + n_layers if isinstance(corruption, CounterfactualQuestion) else 2)
+    assert close(result.patched.where(result.identity, result.clean), result.clean)
 
 
 def test_first_self_attention_has_not_seen_the_image(traced):

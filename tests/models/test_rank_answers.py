@@ -67,7 +67,8 @@ def test_the_right_answer_wins(model):
 def test_a_padded_question_ranks_as_alone(model):
     samples = [toys.sample(6, 0, kinds=("color",)), toys.sample(6, 1, kinds=("count",))]
     together = model.prepare([sample.image for sample in samples], [sample.question for sample in samples])
-    assert together.attention_mask is not None and not together.attention_mask.all()
+    assert together.attention_mask is not None
+    assert not together.attention_mask.all()
     both = model.rank_answers(together, CANDIDATES)
     for row, sample in enumerate(samples):
         alone = model.rank_answers(model.prepare(sample.image, sample.question), CANDIDATES)

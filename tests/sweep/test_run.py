@@ -102,15 +102,14 @@ def test_an_error_ends_it_cleanly(progress: bool, monkeypatch: pytest.MonkeyPatc
         raise ZeroDivisionError
 
     model, inputs, screen = tiny(), batch(), show(monkeypatch)
-    clean = model(inputs)
+    clean, before = model(inputs), set(threading.enumerate())
     last: list[Edit] = [Function("answer_decoder.hook_out", broken)]
     with pytest.raises(ZeroDivisionError) as held:
         sweep(model, inputs, [*edit_sets(), last], Probability(ANSWER), progress=progress)
     assert ("patching" in screen.getvalue()) == progress
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(timeout=2)
-            assert not thread.is_alive(), "a bar is still being drawn"
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=2)
+        assert not thread.is_alive(), "a bar is still being drawn"
     assert n_hooks(model) == 0
     assert torch.equal(model(inputs), clean)
     assert held.tb is not None
