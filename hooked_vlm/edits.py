@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class EditError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(ABC):
     """Something that is done to the activation at ``site``, a hook name or a pattern of hook names.
 
     Attributes:
@@ -52,9 +53,9 @@ class Edit:
     heads: Indices | None = field(default=None, kw_only=True)
     neurons: Indices | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
         """What takes the place of the selected part; broadcasts against the activation."""
-        raise NotImplementedError
 
     def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Tensor:
         """The activation with the selected part edited. The given tensor is not written to."""
@@ -225,8 +226,8 @@ class BlockAttention(Edit):
 
     keys: Positions = None
 
-    def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Tensor:
-        return activation.masked_fill(self._selected(activation, hook, inputs), torch.finfo(activation.dtype).min)
+    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+        return torch.full((), torch.finfo(activation.dtype).min, dtype=activation.dtype, device=activation.device)
 
     def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
         site = self.site if self.site.endswith(SCORES) else f"{self.site}.{SCORES}"

@@ -178,13 +178,14 @@ class HookedVLM(HookedModule):
         Raises:
             EditError, HookError: an edit that does not fit its site, its source or these inputs.
         """
-        from hooked_vlm.edits import EditError, edit_hooks
+        from hooked_vlm.edits import EditError
 
         inputs = self._inputs(inputs)
         fired: set[str] = set()
-        logits = self.run_with_hooks(inputs, fwd_hooks=edit_hooks(self, inputs, edits, fired), **options)
-        for edit in edits:
-            if not any(name in fired for name, _ in edit.hooks(self, inputs, set())):
+        carried = [edit.hooks(self, inputs, fired) for edit in edits]
+        logits = self.run_with_hooks(inputs, fwd_hooks=[hook for hooks in carried for hook in hooks], **options)
+        for edit, hooks in zip(edits, carried, strict=True):
+            if not any(name in fired for name, _ in hooks):
                 raise EditError(f"{edit.site} is not passed in this run, so {type(edit).__name__} changed nothing")
         return logits
 
