@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of known size, side-by-side timing, the machine, one table."""
+"""What the benchmarks share: side-by-side timing, the machine, one table."""
 
 from __future__ import annotations
 
