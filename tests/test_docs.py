@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MEASURED = re.compile(r"<!-- measured: begin.*?<!-- measured: end -->", re.DOTALL)
 
 
 def name_of(path: Path) -> str:
@@ -114,8 +113,3 @@ def test_the_toys_figures_are_those_of_its_card() -> None:
     rows = re.findall(r"^\| (?:color|shape|count|exists) \| .*$", card, re.MULTILINE)
     assert len(rows) == 4
     assert all(row in readme for row in rows)
-
-
-def test_what_is_still_to_be_filled_in_stands_in_one_place() -> None:
-    for page in PAGES:
-        assert "TO FILL" not in MEASURED.sub("", page.read_text(encoding="utf-8")), page
