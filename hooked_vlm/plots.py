@@ -107,7 +107,7 @@ def _draw_heatmap(
     mesh = axes.pcolormesh(values, cmap=COLOR_MAPS.get(site, "Greys"), vmin=low, vmax=high)
     _hatch(axes, part.identity.transpose("position", "layer").values)
     axes.invert_yaxis()
-    axes.set_title(SITE_TITLES.get(site, site), fontsize=9)
+    axes.set_title(SITE_TITLES.get(site, site), fontsize=9, loc="left")
     axes.set_xlabel("layer", fontsize=8)
     axes.set_xticks(np.arange(part.sizes["layer"]) + 0.5, part.layer.values)
     axes.set_yticks(np.arange(part.sizes["position"]) + 0.5, part.token.values)
