@@ -235,13 +235,15 @@ class HookedBlipVQA(HookedBlip):
             other=repeat(question, "b k d -> (b n) k d", n=n),
             other_attention_mask=None if question_mask is None else repeat(question_mask, "b k -> (b n) k", n=n),
         )
-        targets = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
+        logits = self.answer_decoder.logits(states)[:, :-1].float()
+        targets = repeat(answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:], "n p -> (b n) p", b=b)
+        # Vocabulary last, as HF does: over another axis the softmax is another kernel, and rounds otherwise.
         losses = F.cross_entropy(
-            rearrange(self.answer_decoder.logits(states)[:, :-1].float(), "rows p vocab -> rows vocab p"),
-            repeat(targets, "n p -> (b n) p", b=b),
+            rearrange(logits, "rows p vocab -> (rows p) vocab"),
+            rearrange(targets, "rows p -> (rows p)"),
             reduction="none",
             label_smoothing=label_smoothing,
-        )
+        ).view_as(targets)
         return rearrange(-losses.sum(1), "(b n) -> b n", b=b)
 
     def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:

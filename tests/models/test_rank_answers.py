@@ -18,8 +18,12 @@ def model():
 
 
 @torch.no_grad()
-def hf_log_likelihoods(batch, candidates, label_smoothing: float) -> torch.Tensor:
-    """``[b n]``: minus HF's summed cross-entropy of each candidate, one by one, without padding."""
+def hf_log_likelihoods(batch, candidates, label_smoothing: float, *, through_labels: bool = True) -> torch.Tensor:
+    """``[b n]``: minus HF's summed cross-entropy of each candidate, one by one, without padding.
+
+    HF computes ``labels=`` without a cache, and so over keys in another layout than in its plain forward, which is
+    what ours equals; ``through_labels=False`` takes the plain forward's logits to the same loss.
+    """
     hf = BlipForQuestionAnswering.from_pretrained(toys.folder("toy-blip-vqa")).eval()
     hf.text_decoder.label_smoothing = label_smoothing
     tokenizer = HookedVLM.from_pretrained("toy-blip-vqa").processor.tokenizer
@@ -30,7 +34,12 @@ def hf_log_likelihoods(batch, candidates, label_smoothing: float) -> torch.Tenso
         ids = tokenizer(candidate, return_tensors="pt").input_ids
         ids[:, 0] = hf.config.text_config.bos_token_id
         ids = ids.expand(len(question), -1)
-        loss = hf.text_decoder(ids, encoder_hidden_states=question, labels=ids, reduction="none").loss
+        if through_labels:
+            loss = hf.text_decoder(ids, encoder_hidden_states=question, labels=ids, reduction="none").loss
+        else:
+            logits = hf.text_decoder(ids, encoder_hidden_states=question).logits[:, :-1]
+            criterion = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=label_smoothing)
+            loss = criterion(logits.flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1).sum(1)
         columns.append(-loss)
     return torch.stack(columns, dim=1)
 
@@ -49,6 +58,17 @@ def test_equals_hf_parts(model, label_smoothing):
             [expected[name] for name in answers], rel=1e-5, abs=2e-6
         )
         assert answers == sorted(CANDIDATES, key=lambda name: -expected[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_one_candidate_alone_equals_hf_parts_to_the_bit(model, candidate, label_smoothing):
+    """Nothing is padded, so the products have HF's shapes."""
+    inputs = model.prepare([toys.sample(3, index).image for index in range(2)], PLAIN_QUESTIONS)
+    ranked = model.rank_answers(inputs, [candidate], label_smoothing=label_smoothing)
+    reference = hf_log_likelihoods(inputs.tensors(), [candidate], label_smoothing, through_labels=False)
+    assert torch.equal(ranked.log_likelihoods, reference)
 
 
 @torch.no_grad()
