@@ -7,7 +7,15 @@ from hooked_vlm.cache import ActivationCache
 from hooked_vlm.hook_point import HookError, HookPoint
 from hooked_vlm.hooks import HookedModule
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
-from hooked_vlm.models import HookedBlipCaption, HookedBlipRetrieval, HookedBlipVQA, HookedVLM
+from hooked_vlm.models import (
+    HookedBlipCaption,
+    HookedBlipRetrieval,
+    HookedBlipVQA,
+    HookedClip,
+    HookedLlava,
+    HookedViT,
+    HookedVLM,
+)
 from hooked_vlm.version import __version__
 
 __all__ = [
@@ -17,8 +25,11 @@ __all__ = [
     "HookedBlipCaption",
     "HookedBlipRetrieval",
     "HookedBlipVQA",
+    "HookedClip",
+    "HookedLlava",
     "HookedModule",
     "HookedVLM",
+    "HookedViT",
     "Span",
     "SpanError",
     "VLMInputs",

@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TENSORS = (
-    "pixel_values",
-    "input_ids",
-    "attention_mask",
-    "decoder_input_ids",
-    "decoder_attention_mask",
-    "token_type_ids",
-)
-"""The entries of :class:`VLMInputs` that are tensors, one row a sample."""
+if TYPE_CHECKING:
+    from hooked_vlm.patches import PatchGrid, Region
+
+IMAGE_TENSORS = ("pixel_values", "image_sizes")
+"""The entries of :class:`VLMInputs` that have one row an image."""
+
+TEXT_TENSORS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "token_type_ids")
+"""The entries that have one row a sample."""
+
+TENSORS = (*IMAGE_TENSORS, *TEXT_TENSORS)
+"""The entries of :class:`VLMInputs` that are tensors."""
 
 
 class SpanError(ValueError):
@@ -46,6 +48,16 @@ class TextPiece:
 
     text: str
     offsets: tuple[tuple[int, int] | None, ...]
+    question: tuple[int, int] | None = None
+    """Which of its characters are the question, where the text is a whole prompt."""
+
+    def positions_of(self, start: int, end: int) -> tuple[int, ...]:
+        """Positions of the tokens that some characters lie in."""
+        return tuple(
+            position
+            for position, offset in enumerate(self.offsets)
+            if offset is not None and offset[0] < end and offset[1] > start
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +67,15 @@ class VLMInputs:
     ``VLMInputs(**hf_batch)`` takes what any HF processor returns.
 
     Raises:
-        ValueError: pixel values that are not finite; row counts that differ; a mask of another shape than its ids.
+        ValueError: pixel values that are not finite; row counts that differ; a mask of another shape than its ids;
+            ``image_rows`` that do not fit the images.
         TypeError: something else than tensors; whole-number pixels or fractional ids.
     """
 
-    pixel_values: Float[Tensor, "..."] | None = None
+    pixel_values: Float[Tensor, "n_images ..."] | None = None
+    """``[n_images 3 height width]``; LLaVA-NeXT: ``[n_images tile 3 height width]``, zeros after an image's last."""
+    image_sizes: Int[Tensor, "n_images 2"] | None = None
+    """LLaVA-NeXT: height and width of each picture before it was tiled."""
     input_ids: Int[Tensor, "b p"] | None = None
     attention_mask: Int[Tensor, "b p"] | None = None
     decoder_input_ids: Int[Tensor, "b p_answer"] | None = None
@@ -74,12 +90,29 @@ class VLMInputs:
     texts: tuple[TextPiece, ...] | None = None
     text_tower: str = ""
     """The tower that reads ``input_ids``."""
+    image_rows: tuple[int, ...] | None = None
+    """The row that each image belongs to, in ascending order; None where the i-th image is the i-th row's."""
+    patch_grid: tuple[PatchGrid, ...] = ()
+    """For each image, where its patches are: in the picture's pixels, and in the sequence that holds them."""
 
     def __post_init__(self) -> None:
         self._check_types()
-        sizes = {name: len(tensor) for name, tensor in self.tensors().items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"inputs have different numbers of rows: {sizes}")
+        for names in (IMAGE_TENSORS, TEXT_TENSORS):
+            sizes = {name: len(tensor) for name, tensor in self.tensors().items() if name in names}
+            if len(set(sizes.values())) > 1:
+                raise ValueError(f"inputs have different numbers of rows: {sizes}")
+        if self.image_rows is not None:
+            n_images = 0 if self.pixel_values is None else len(self.pixel_values)
+            is_sorted = list(self.image_rows) == sorted(self.image_rows)
+            if (
+                len(self.image_rows) != n_images
+                or not is_sorted
+                or any(row not in range(len(self)) for row in self.image_rows)
+            ):
+                raise ValueError(
+                    f"image_rows are {self.image_rows}: give a row for each of the {n_images} images, in ascending "
+                    "order"
+                )
         if self.pixel_values is not None and not bool(torch.isfinite(self.pixel_values).all()):
             bad = int((~torch.isfinite(self.pixel_values)).sum())
             raise ValueError(f"pixel_values hold {bad} values that are NaN or infinite")
@@ -94,7 +127,8 @@ class VLMInputs:
                     f"{name} is a {type(value).__name__}, not a tensor; HF processors take return_tensors='pt'"
                 )
             if name != "pixel_values" and value.ndim != 2:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be [b p]")
+                axes = "n_images 2" if name == "image_sizes" else "b p"
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be [{axes}]")
             if name != "pixel_values" and value.shape[1] == 0:
                 raise ValueError(f"{name} hold no tokens")
             if value.is_floating_point() != (name == "pixel_values"):
@@ -118,14 +152,15 @@ class VLMInputs:
             raise ValueError(f"inputs have unknown entries {unknown}; known: {sorted(known)}")
         return cls(**inputs)
 
-    def checked(self, d_vocab: int) -> VLMInputs:
+    def checked(self, d_vocab: int, *, is_tiled: bool = False) -> VLMInputs:
         """These inputs, for a model that sees three channels and has a vocabulary of ``d_vocab`` tokens.
 
         Raises:
             ValueError: pixel values of another shape; token ids that the model does not have.
         """
-        if self.pixel_values is not None and (self.pixel_values.ndim != 4 or self.pixel_values.shape[1] != 3):
-            raise ValueError(f"pixel_values have shape {tuple(self.pixel_values.shape)}; give [b 3 height width]")
+        pixels, axes = self.pixel_values, "[b tile 3 height width]" if is_tiled else "[b 3 height width]"
+        if pixels is not None and (pixels.ndim != 4 + is_tiled or pixels.shape[-3] != 3):
+            raise ValueError(f"pixel_values have shape {tuple(pixels.shape)}; give {axes}")
         for name in ("input_ids", "decoder_input_ids"):
             ids = getattr(self, name)
             if ids is None or len(ids) == 0:
@@ -147,7 +182,8 @@ class VLMInputs:
 
     def __len__(self) -> int:
         """Rows in the batch."""
-        return next((len(tensor) for tensor in self.tensors().values()), 0)
+        tensors = self.tensors()
+        return next((len(tensors[name]) for name in (*TEXT_TENSORS, *IMAGE_TENSORS) if name in tensors), 0)
 
     def __iter__(self) -> Iterator[VLMInputs]:
         return (self.rows([row]) for row in range(len(self)))
@@ -160,8 +196,19 @@ class VLMInputs:
 
     def rows(self, rows: Sequence[int]) -> VLMInputs:
         """A batch of some rows, in the order given; a row may be given several times."""
-        index = torch.as_tensor(list(rows), dtype=torch.long)
-        picked: dict[str, Any] = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors().items()}
+        images = self._images_of(rows)
+        own_rows = torch.as_tensor(list(rows), dtype=torch.long)
+        own_images = torch.as_tensor([image for image, _ in images], dtype=torch.long)
+        picked: dict[str, Any] = {
+            name: tensor[(own_images if name in IMAGE_TENSORS else own_rows).to(tensor.device)]
+            for name, tensor in self.tensors().items()
+        }
+        if self.image_rows is not None:
+            picked["image_rows"] = tuple(row for _, row in images)
+        if self.patch_grid:
+            picked["patch_grid"] = tuple(
+                replace(self.patch_grid[image], image=place, row=row) for place, (image, row) in enumerate(images)
+            )
         if self.tokens is not None:
             picked["tokens"] = tuple(self.tokens[row] for row in rows)
         if self.texts is not None:
@@ -171,11 +218,23 @@ class VLMInputs:
         }
         return replace(self, **picked)
 
+    def _images_of(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """The images of some rows, each with the place of its row among them."""
+        if self.pixel_values is None:
+            return []
+        owners = range(len(self.pixel_values)) if self.image_rows is None else self.image_rows
+        if self.image_rows is None and len(self.pixel_values) != len(self):
+            raise ValueError(
+                f"{len(self.pixel_values)} images and {len(self)} rows: say which row each image belongs to "
+                "(image_rows), or make the inputs with model.prepare"
+            )
+        return [(image, place) for place, row in enumerate(rows) for image, owner in enumerate(owners) if owner == row]
+
     def repeat(self, times: int) -> VLMInputs:
         """Each row ``times`` times, copies beside each other."""
         return self.rows([row for row in range(len(self)) for _ in range(times)])
 
-    def with_pixels(self, pixel_values: Float[Tensor, "..."]) -> VLMInputs:
+    def with_pixels(self, pixel_values: Float[Tensor, "n_images ..."]) -> VLMInputs:
         """The same texts before other pictures."""
         return replace(self, pixel_values=pixel_values)
 
@@ -202,6 +261,54 @@ class VLMInputs:
         except SpanError as error:
             raise SpanError(f"{error}; named spans: {', '.join(self.spans) or 'none'}") from None
 
+    def positions_in(
+        self,
+        region: Region | Sequence[Region],
+        *,
+        image: int = 0,
+        tower: str | None = None,
+        min_overlap: float = 0.0,
+    ) -> Span:
+        """Positions of the patches that a part of a picture covers.
+
+        Exact under the processor's resizing, cropping, padding and tiling: a patch is the part of the original picture
+        that its pixels were made from.
+
+        Args:
+            region: a box (left, top, right, bottom) in the original picture's pixels, or a boolean mask
+                ``[height width]`` of it; or a list of them, one a row.
+            image: which of its row's pictures is meant.
+            tower: whose positions; by default of the tower that the ``image`` span is in. In ``vision_encoder`` a row
+                of the answer is an image (or tile), as it is there.
+            min_overlap: the share of a patch that must be covered, or more than nothing by default.
+
+        Raises:
+            SpanError: inputs that :meth:`HookedVLM.prepare` did not make; a row without such a picture.
+            ValueError: a box or mask that does not fit the picture.
+        """
+        from hooked_vlm.patches import is_region
+
+        if not self.patch_grid:
+            raise SpanError("these inputs do not know their patches; make them with model.prepare")
+        regions: list[Any] = [region] * len(self) if is_region(region) else list(region)
+        if len(regions) != len(self):
+            raise SpanError(f"{len(regions)} regions for {len(self)} rows")
+        found: list[tuple[int, ...]] = []
+        for row, one in enumerate(regions):
+            grids = [grid for grid in self.patch_grid if grid.row == row]
+            if image >= len(grids):
+                raise SpanError(f"row {row} has {len(grids)} pictures, so there is no picture {image}")
+            if tower in (None, grids[image].tower):
+                found.append(grids[image].positions_in(one, min_overlap=min_overlap))
+                continue
+            first = 0 if tower == "projector" and not grids[image].has_class_token else 1
+            found += [
+                grid.of_tile(tile, first).positions_in(one, min_overlap=min_overlap) if grid is grids[image] else ()
+                for grid in grids
+                for tile in range(len(grid.views))
+            ]
+        return Span(tower or self.patch_grid[0].tower, tuple(found))
+
 
 def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, ...]:
     matches = list(re.finditer(_pattern(wanted), piece.text, flags=re.IGNORECASE)) if wanted.strip() else []
@@ -216,11 +323,7 @@ def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, .
             f"{wanted!r} occurs {len(matches)} times in {piece.text!r}; there is no occurrence {occurrence}"
         )
     start, end = matches[occurrence or 0].span()
-    positions = tuple(
-        position
-        for position, offset in enumerate(piece.offsets)
-        if offset is not None and offset[0] < end and offset[1] > start
-    )
+    positions = piece.positions_of(start, end)
     if not positions:
         raise SpanError(f"{wanted!r} has no tokens of its own in {piece.text!r}")
     return positions

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hooked_vlm import toys
-from hooked_vlm.config import BlipConfig
+from hooked_vlm.components import Block
+from hooked_vlm.config import BlipConfig, ModelConfig
 from hooked_vlm.files import whole_folder
 from hooked_vlm.models import MODELS, HookedVLM
 from hooked_vlm.processing import has_processor
@@ -24,8 +25,12 @@ from weights_conversion import (
     Rules,
     family_of_config,
     family_of_state,
+    one_dtype,
     open_checkpoint,
 )
+
+DeviceMap = str | dict[str, int | str | torch.device]
+"""accelerate's: ``"auto"`` and its like, or a device (``"disk"`` too) for each part by name."""
 
 PROCESSOR_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 SAFETENSORS_FILES = ["*.safetensors", "*.safetensors.index.json"]
@@ -38,19 +43,28 @@ def load_pretrained(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
     processor: Any = None,
+    vision_tower: str | Path | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     **choices: Any,
 ) -> HookedVLM:
     """What :meth:`HookedVLM.from_pretrained` does; ``choices`` are its model options."""
+    if device is not None and device_map is not None:
+        raise ValueError("give device or device_map, not both")
     path = resolve(name_or_path, revision, token, cache_dir, local_files_only)
     checkpoint = open_checkpoint(path)
     family = family_of_config(checkpoint.config) if checkpoint.config else family_of_state(checkpoint.state)
+    companion = family.companion(checkpoint.config, checkpoint.state)
+    if companion is not None:
+        other = resolve(vision_tower or companion, None, token, cache_dir, local_files_only)
+        checkpoint = checkpoint.joined(open_checkpoint(other))
     if not checkpoint.config:
         choices["variant"] = choices.get("variant") or "original"
-    config = _chosen(family.config(checkpoint.config, checkpoint.state), **choices)
+    config = _chosen(family.config(checkpoint.config, checkpoint.state, checkpoint.generation), **choices)
     config = replace(
         config,
         # An embedded name is the same everywhere; the folder that it stands for is not.
@@ -58,8 +72,11 @@ def load_pretrained(
         # The commit: a branch moves on.
         revision=path.name if path.parent.name == "snapshots" else "",
     )
-    dtype = _checked_dtype(dtype) or _written_dtype(checkpoint)
-    model = _build(config, checkpoint.state, family.rules(config), source=str(path), dtype=dtype, device=device)
+    rules = family.rules(config)
+    dtype = _checked_dtype(dtype) or _written_dtype(checkpoint, rules)
+    model = _build(config, checkpoint.state, rules, source=str(path), dtype=dtype, device=device)
+    if device_map is not None:
+        dispatch(model, device_map, offload_folder)
     if isinstance(processor, (str, Path)):
         processor = resolve(processor, None, token, cache_dir, local_files_only, weights=False)
     model._processor = processor or (path if path.is_dir() else None)
@@ -73,7 +90,8 @@ def load_hf_model(hf_model: nn.Module, *, processor: Any = None, **choices: Any)
     hf_config = {**hf_model.config.to_dict(), "architectures": [type(hf_model).__name__]}  # type: ignore[union-attr, operator]
     family = family_of_config(hf_config)
     state = hf_model.state_dict(keep_vars=True)
-    config = _chosen(family.config(hf_config, state), **choices)
+    generation = getattr(hf_model, "generation_config", None)
+    config = _chosen(family.config(hf_config, state, generation.to_dict() if generation else {}), **choices)
     config = replace(
         config,
         name_or_path=str(getattr(hf_model, "name_or_path", "")),
@@ -95,7 +113,7 @@ def save_hf(model: HookedVLM, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         key = rules.key(name)
         assert key is not None, f"no rule writes {name}"
-        state[key] = parameter.detach()
+        state[key] = rules.to_key(name, parameter.detach())
     written = {**family.hf_config(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
     written.pop("torch_dtype", None)
     # An older save's shards would be read with, or instead of, the new ones.
@@ -104,6 +122,29 @@ def save_hf(model: HookedVLM, folder: Path) -> None:
         (temporary / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
         if model._processor is not None and has_processor(model._processor):
             model.processor.save_pretrained(temporary)
+
+
+def dispatch(model: HookedVLM, device_map: DeviceMap, offload_folder: str | Path | None = None) -> None:
+    """Put the parts of a model on several devices, or offload them to CPU or disk, through accelerate.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        ValueError: parts on disk without a folder to keep them in; a part that the model does not have.
+    """
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError as error:
+        raise ImportError("device_map needs accelerate: pip install 'hooked-vlm[accelerate]'") from error
+    whole = sorted({type(module).__name__ for module in model.modules() if isinstance(module, Block)})
+    if isinstance(device_map, str):
+        device_map = dict(infer_auto_device_map(model, no_split_module_classes=whole))
+    unknown = [name for name in device_map if name and name not in dict(model.named_modules())]
+    if unknown:
+        raise ValueError(f"device_map names parts that the model does not have: {', '.join(unknown)}")
+    if "disk" in device_map.values() and offload_folder is None:
+        raise ValueError("device_map puts parts on disk: say where with offload_folder=")
+    # A block reads its parts' weights itself (W_O for hook_result), so it is fetched whole.
+    dispatch_model(model, device_map, offload_dir=offload_folder, preload_module_classes=whole, force_hooks=True)
 
 
 def resolve(
@@ -173,23 +214,25 @@ def _fetch(
 
 
 def _chosen(
-    config: BlipConfig,
+    config: ModelConfig,
     *,
     attention: str | None = None,
     cross_attention_padding: str = "mask",
     variant: str | None = None,
-) -> BlipConfig:
-    """The config with the user's choices. HF computes BLIP's attention eagerly, so that is the default."""
-    allowed = {
-        "attention": (attention or "eager", ("eager", "sdpa")),
-        "cross_attention_padding": (cross_attention_padding, ("mask", "hf")),
-        "variant": (variant or config.variant, ("hf", "original")),
-    }
+) -> ModelConfig:
+    """The config with the user's choices. HF computes BLIP's attention eagerly, and the others' by a fused kernel."""
+    default = "eager" if isinstance(config, BlipConfig) else "sdpa"
+    allowed = {"attention": (attention or default, ("eager", "sdpa"))}
+    if isinstance(config, BlipConfig):
+        allowed["cross_attention_padding"] = (cross_attention_padding, ("mask", "hf"))
+        allowed["variant"] = (variant or config.variant, ("hf", "original"))
+    elif variant not in (None, "hf"):
+        raise ValueError(f"variant is a choice for BLIP; {config.architecture} has only 'hf'")
     for name, (value, values) in allowed.items():
         if value not in values:
             raise ValueError(f"{name} must be one of {values}, not {value!r}")
     chosen: dict[str, Any] = {name: value for name, (value, _) in allowed.items()}
-    if chosen["variant"] == "original":
+    if isinstance(config, BlipConfig) and chosen["variant"] == "original":
         chosen |= {"vision": replace(config.vision, eps=1e-6), "label_smoothing": 0.1}
     return replace(config, **chosen)
 
@@ -200,12 +243,17 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def _written_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """What ``config.json`` says; else, as HF does, the dtype of the first floating-point tensor."""
+def _written_dtype(checkpoint: Checkpoint, rules: Rules) -> torch.dtype | None:
+    """What ``config.json`` says; else, as HF does, the dtype of the first floating-point tensor.
+
+    Raises:
+        CheckpointError: shards of several dtypes.
+    """
+    shared = one_dtype(checkpoint, rules.ignores) if len(checkpoint.files) > 1 else None
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if isinstance(name, str):
         return getattr(torch, name)
-    return next((tensor.dtype for tensor in checkpoint.state.values() if tensor.is_floating_point()), None)
+    return shared or next((tensor.dtype for tensor in checkpoint.state.values() if tensor.is_floating_point()), None)
 
 
 class Undrawn(TorchFunctionMode):
@@ -223,7 +271,7 @@ class Undrawn(TorchFunctionMode):
 
 
 def _build(
-    config: BlipConfig,
+    config: ModelConfig,
     state: Mapping[str, Tensor],
     rules: Rules,
     *,
@@ -233,15 +281,15 @@ def _build(
 ) -> HookedVLM:
     """The model on no device, then each tensor of ``state`` in its parameter's place."""
     with torch.device("meta"), Undrawn():
-        model = MODELS[config.task](config)
+        model = MODELS[config.architecture](config)
     keys = _matched_keys(model, state, rules, source)
     parameters: dict[str, nn.Parameter] = {}
     for name, key in keys.items():
         tensor = state[key]
         if not tensor.is_floating_point():
             raise CheckpointError(f"{key} in {source} is {tensor.dtype}, not a floating-point tensor")
-        tensor = tensor.to(device=device, dtype=dtype)
-        parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
+        viewed = rules.to_parameter(key, tensor.to(device=device, dtype=dtype))
+        parameters[name] = viewed if isinstance(viewed, nn.Parameter) else nn.Parameter(viewed.detach())
     for name, first in _first_names(model).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameters[first])
@@ -263,7 +311,6 @@ def _matched_keys(model: HookedVLM, state: Mapping[str, Tensor], rules: Rules, s
     Raises:
         CheckpointError: keys that are missing, unexpected or misshapen, all of them.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     first = _first_names(model)
     keys: dict[str, str] = {}
     unexpected = []
@@ -274,11 +321,12 @@ def _matched_keys(model: HookedVLM, state: Mapping[str, Tensor], rules: Rules, s
             keys[first[name]] = key
         elif not rules.ignores(key):
             unexpected.append(key)
-    missing = [rules.key(name) or name for name in shapes if name not in keys]
+    missing = [rules.key(name) or name for name in dict.fromkeys(first.values()) if name not in keys]
+    wanted = {name: rules.to_key(name, parameter).shape for name, parameter in model.named_parameters()}
     misshapen = [
-        f"{key}: {tuple(state[key].shape)}, should be {shapes[name]}"
+        f"{key}: {tuple(state[key].shape)}, should be {tuple(wanted[name])}"
         for name, key in keys.items()
-        if tuple(state[key].shape) != shapes[name]
+        if state[key].shape != wanted[name]
     ]
     problems = [
         f"{len(found)} {what}: {'; '.join(found[:8])}{'; ...' if len(found) > 8 else ''}"

@@ -78,9 +78,15 @@ def test_pixels_that_are_no_numbers_are_counted(bad: float) -> None:
         prepared("what color ?", "the circle ?").with_pixels(values)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_numbers_of_rows_that_differ_are_said() -> None:
+    with pytest.raises(ValueError, match=r"different numbers of rows: \{'input_ids': 3, 'token_type_ids': 2\}"):
+        VLMInputs(input_ids=token_ids(3, 4), token_type_ids=token_ids(2, 4))
+
+
+def test_a_model_that_sees_one_image_a_row_says_how_many_there_are() -> None:
     with pytest.raises(ValueError, match=r"different numbers of rows: \{'pixel_values': 2, 'input_ids': 3\}"):
-        VLMInputs(pixel_values=pixels(2), input_ids=token_ids(3, 4))
+        model("vqa")(VLMInputs(pixel_values=pixels(2), input_ids=token_ids(3, 4)))
 
 
 BAD_ENTRIES: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -77,7 +77,7 @@ folder.mkdir()
 family = family_of_config(config)
 ours = family.config(config, {})
 with torch.device("meta"):
-    shapes = {family.rules(ours).key(name): p.shape for name, p in MODELS["vqa"](ours).named_parameters()}
+    shapes = {family.rules(ours).key(name): p.shape for name, p in MODELS[ours.architecture](ours).named_parameters()}
 save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, folder / "model.safetensors")
 HookedVLM.from_pretrained("toy-blip-vqa")  # what is imported on the way is not counted
 before = anonymous()

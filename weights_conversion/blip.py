@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_vlm.config import BertConfig, BlipConfig, BlipTask, ViTConfig
 from weights_conversion.checkpoint import CheckpointError
+from weights_conversion.family import Family
+from weights_conversion.hf_config import check_image, check_tower, may_tie, one_of, parse
 from weights_conversion.rules import Rules
 
 TASKS: dict[str, BlipTask] = {
@@ -21,6 +22,10 @@ TASKS: dict[str, BlipTask] = {
 
 VARIANT = "hooked_vlm_variant"
 """Where a ``config.json`` that we write keeps ``BlipConfig.variant``; HF has no word for it."""
+
+WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
+HEAD = "text_decoder.cls.predictions.decoder.weight"
+"""The two keys of the decoder's embeddings, where they are tied."""
 
 HF_VISION = Rules(
     ("vision_model.embeddings.class_embedding", "vision_encoder.embed.cls"),
@@ -102,18 +107,21 @@ TEXT: dict[BlipTask, Rules] = {
 }
 
 
-class HFBlip:
+class HFBlip(Family[BlipConfig]):
     """``config.json`` and HF's key names."""
 
     def rules(self, config: BlipConfig) -> Rules:
         return HF_VISION + TEXT[config.task]
 
-    def config(self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipConfig:
-        task = _task(hf_config, state)
+    def config(
+        self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor], generation: Mapping[str, Any] = {}
+    ) -> BlipConfig:
+        architecture = _architecture(hf_config, state)
         full = _full_config(hf_config)
         vision, text = full.vision_config, full.text_config
         return BlipConfig(
-            task=task,
+            architecture=architecture,
+            task=TASKS[architecture],
             vision=ViTConfig(
                 d_model=vision.hidden_size,
                 n_layers=vision.num_hidden_layers,
@@ -140,11 +148,12 @@ class HFBlip:
                 d_cross=text.encoder_hidden_size,
                 d_vocab=text.vocab_size,
                 n_ctx=text.max_position_embeddings,
-                ties_embeddings=(full.tie_word_embeddings or text.tie_word_embeddings) and _may_tie(state),
+                ties_embeddings=(full.tie_word_embeddings or text.tie_word_embeddings) and may_tie(state, WORDS, HEAD),
             ),
             d_projection=full.image_text_hidden_size,
             bos_token_id=text.bos_token_id,
-            eos_token_id=text.sep_token_id,
+            d_vocab=text.vocab_size,
+            eos_token_ids=(text.sep_token_id,),
             pad_token_id=text.pad_token_id,
             enc_token_id=text.bos_token_id + 1,
             variant=hf_config.get(VARIANT, "hf"),
@@ -168,9 +177,11 @@ class ResearchBlip(HFBlip):
     def rules(self, config: BlipConfig) -> Rules:
         return RESEARCH_VISION + TEXT[config.task]
 
-    def config(self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipConfig:
-        task = _task({}, state)
-        prefix = "text_decoder.bert." if task == "caption" else "text_encoder."
+    def config(
+        self, hf_config: Mapping[str, Any], state: Mapping[str, Tensor], generation: Mapping[str, Any] = {}
+    ) -> BlipConfig:
+        architecture = _architecture({}, state)
+        prefix = "text_decoder.bert." if TASKS[architecture] == "caption" else "text_encoder."
         _require(
             state,
             "visual_encoder.patch_embed.proj.weight",
@@ -202,7 +213,6 @@ class ResearchBlip(HFBlip):
             "max_position_embeddings": state[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
             "encoder_hidden_size": patch.shape[0],
         }
-        architecture = next(name for name, known in TASKS.items() if known == task)
         written: dict[str, Any] = {
             "model_type": "blip",
             "architectures": [architecture],
@@ -214,59 +224,29 @@ class ResearchBlip(HFBlip):
         return super().config(written, state)
 
 
-def _task(hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BlipTask:
-    """What the config's architecture says; without one, what the keys say."""
-    for architecture in hf_config.get("architectures") or ():
-        if architecture not in TASKS:
-            raise CheckpointError(f"unsupported BLIP architecture {architecture}; supported: {', '.join(TASKS)}")
-        return TASKS[architecture]
+def _architecture(hf_config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """What the config says; where it is silent, what the keys say."""
+    if hf_config.get("architectures"):
+        return one_of(hf_config, tuple(TASKS), "BLIP")
     if "itm_head.weight" in state:
-        return "retrieval"
-    return "vqa" if any(key.startswith("text_encoder.") for key in state) else "caption"
+        return "BlipForImageTextRetrieval"
+    is_vqa = any(key.startswith("text_encoder.") for key in state)
+    return "BlipForQuestionAnswering" if is_vqa else "BlipForConditionalGeneration"
 
 
 def _full_config(hf_config: Mapping[str, Any]) -> Any:
     """HF's config object, with the sizes in it checked."""
-    # transformers fills in what a config.json leaves out; only it knows its defaults.
-    from transformers import BlipConfig as HFConfig
-
-    try:
-        full = HFConfig.from_dict(dict(hf_config))
-    except Exception as error:  # of several kinds, some of them transformers' own
-        raise CheckpointError(f"config.json is not one of a BLIP model: {error}") from error
+    full = parse("BlipConfig", hf_config, "BLIP")
     vision, text = full.vision_config, full.text_config
-    for name, part in (("vision_config", vision), ("text_config", text)):
-        heads, width = part.num_attention_heads, part.hidden_size
-        if min(heads, width, part.num_hidden_layers, part.intermediate_size) < 1 or width % heads:
-            raise CheckpointError(f"{name} does not fit together: hidden_size {width}, num_attention_heads {heads}")
-    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
-        raise CheckpointError(
-            f"only square images and patches are supported, not image_size {vision.image_size} and patch_size "
-            f"{vision.patch_size}"
-        )
+    check_tower(vision, "vision_config")
+    check_tower(text, "text_config")
+    check_image(vision)
     if not text.is_decoder:
         raise CheckpointError("text_config.is_decoder is false: such a BLIP has no cross-attention")
     for name in ("bos_token_id", "sep_token_id", "pad_token_id"):
         if not isinstance(getattr(text, name), int):
             raise CheckpointError(f"text_config.{name} is {getattr(text, name)!r}, not a token id")
     return full
-
-
-def _may_tie(state: Mapping[str, Tensor]) -> bool:
-    """HF's rule: the head shares the embeddings, unless the checkpoint holds both and they differ.
-
-    In a model in memory (parameters) they share only if they are one.
-    """
-    words, head = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"
-    if words not in state or head not in state:
-        return True
-    embedding, unembedding = state[words], state[head]
-    if embedding is unembedding or isinstance(embedding, nn.Parameter):
-        return embedding is unembedding
-    if embedding.equal(unembedding):
-        return True
-    warnings.warn(f"{head} differs from {words}, so the two are not tied", stacklevel=5)
-    return False
 
 
 def _require(state: Mapping[str, Tensor], *keys: str) -> None:

@@ -7,13 +7,7 @@ reads. HF's last vision LayerNorm runs a second time, on a pooled output; the fi
 from __future__ import annotations
 
 from hooked_vlm.config import BlipTask
-from weights_conversion.counterparts import PARAMETER, Counterparts
-
-ABSENT = Counterparts(
-    ("*.hook_scale", None, "HF's LayerNorm is one kernel, which returns no scale"),
-    ("*.hook_attn_scores", None, "a value inside the forward of HF's attention; the pattern made of it is compared"),
-    ("*.hook_result", None, "HF never takes attention's output apart by head; z and the output are compared"),
-)
+from weights_conversion.counterparts import ABSENT, PARAMETER, Counterparts
 
 
 def _vision() -> Counterparts:

@@ -22,8 +22,16 @@ PLACES: Mapping[str, Callable[[Any, Any], Tensor]] = {
     "output[0]": lambda first_input, output: output[0],
     "output[1]": lambda first_input, output: output[1],
     "output.itm_score": lambda first_input, output: output.itm_score,
+    "output.logits": lambda first_input, output: output.logits,
+    "output.logits_per_image": lambda first_input, output: output.logits_per_image,
+    "output.image_embeds": lambda first_input, output: output.image_embeds,
+    "output.text_embeds": lambda first_input, output: output.text_embeds,
+    "output.pooler_output": lambda first_input, output: output.pooler_output,
 }
 """From a module's first input and its output to a tensor."""
+
+NOT_GIVEN: Mapping[str, str] = {"output[1]": "HF gives no attention pattern where its attention is fused (sdpa)"}
+"""Why a place may hold nothing."""
 
 PARAMETER = "parameter"
 """The place of a tensor that is itself a parameter; the table names it where others name a module."""
@@ -33,8 +41,13 @@ FORMS: Mapping[str, Callable[[Tensor, torch.Size], Tensor]] = {
     "first third": lambda tensor, shape: tensor.chunk(3, dim=-1)[0],
     "second third": lambda tensor, shape: tensor.chunk(3, dim=-1)[1],
     "last third": lambda tensor, shape: tensor.chunk(3, dim=-1)[2],
+    # Matrices that hold several, of sizes that differ: as many columns as our hook point has.
+    "first columns": lambda tensor, shape: tensor[..., : shape[2:].numel()],
+    "last but one columns": lambda tensor, shape: tensor[..., -2 * shape[2:].numel() : -shape[2:].numel()],
+    "last columns": lambda tensor, shape: tensor[..., -shape[2:].numel() :],
     "heads": lambda tensor, shape: tensor.unflatten(-1, shape[2:]),
     "each row": lambda tensor, shape: tensor.expand(shape),
+    "one position": lambda tensor, shape: tensor.unsqueeze(1),
     "each head": lambda tensor, shape: tensor.unsqueeze(2).expand(shape),
     "unit length": lambda tensor, shape: F.normalize(tensor, dim=-1),
 }
@@ -53,8 +66,13 @@ class Counterpart:
     def place(self) -> str:
         return self.how.split(", ")[0]
 
-    def read(self, first_input: Any, output: Any) -> Tensor:
-        """The tensor at the place, in HF's own shape."""
+    @property
+    def not_given(self) -> str:
+        """Why HF may give nothing at the place; empty where it always gives something."""
+        return NOT_GIVEN.get(self.place, "")
+
+    def read(self, first_input: Any, output: Any) -> Tensor | None:
+        """The tensor at the place, in HF's own shape; None where HF gives nothing there (:attr:`not_given`)."""
         return PLACES[self.place](first_input, output)
 
     def form(self, tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -99,3 +117,11 @@ class Counterparts:
         if rank == len(self.rows):
             return hook_name, None, "not in the table of counterparts"
         return self.rows[rank]
+
+
+ABSENT = Counterparts(
+    ("*.hook_scale", None, "HF's LayerNorm is one kernel, which returns no scale"),
+    ("*.hook_attn_scores", None, "a value inside the forward of HF's attention; the pattern made of it is compared"),
+    ("*.hook_result", None, "HF never takes attention's output apart by head; z and the output are compared"),
+)
+"""What no model of HF's gives."""

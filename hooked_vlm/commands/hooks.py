@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +12,19 @@ from hooked_vlm.commands.common import console, load_model
 if TYPE_CHECKING:
     from hooked_vlm.hook_point import HookPoint
     from hooked_vlm.models import HookedVLM
+
+
+EXAMPLES = {
+    "BlipForQuestionAnswering": "Salesforce/blip-vqa-base",
+    "BlipForConditionalGeneration": "Salesforce/blip-image-captioning-base",
+    "BlipForImageTextRetrieval": "Salesforce/blip-itm-base-coco",
+    "LlavaForConditionalGeneration": "llava-hf/llava-1.5-7b-hf",
+    "LlavaNextForConditionalGeneration": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "CLIPModel": "openai/clip-vit-large-patch14-336",
+    "ViTForImageClassification": "google/vit-base-patch16-224",
+    "ViTModel": "google/vit-base-patch16-224-in21k",
+}
+"""A hub id of each of HF's classes that we read."""
 
 
 class HookLine(NamedTuple):
@@ -59,9 +71,11 @@ def _any_layer(name: str, container: str) -> str:
 
 def _sizes(model: HookedVLM, point: HookPoint) -> str:
     owner: Any = model if point.tower not in model.towers else model.get_submodule(point.tower)
-    known = {field.name: getattr(owner.config, field.name) for field in dataclasses.fields(owner.config)}
-    known |= {"h": known.get("n_heads")}
-    return " ".join(str(known.get(axis) or axis) for axis in point.axes)
+    config = getattr(owner, "config", model.config)
+    # Several query heads may share one head of keys and values.
+    shares = point.name.endswith(("hook_k", "hook_v", "hook_rot_k", "hook_k_input", "hook_v_input"))
+    heads = "n_kv_heads" if shares and getattr(config, "n_kv_heads", None) else "n_heads"
+    return " ".join(str(getattr(config, heads if axis == "h" else axis, None) or axis) for axis in point.axes)
 
 
 def hooks(
@@ -87,7 +101,8 @@ def hooks(
         table.add_row(Text(line.name), Text(line.axes), Text(line.sizes), hf)
     out = console()
     out.print(table)
-    towers = [f"{name} {len(loaded.get_submodule(name).blocks)}" for name in loaded.towers]  # type: ignore[arg-type]
+    deep = (name for name in loaded.towers if hasattr(loaded.get_submodule(name), "blocks"))
+    towers = [f"{name} {len(loaded.get_submodule(name).blocks)}" for name in deep]  # type: ignore[arg-type]
     found = sum(line.has_counterpart for line in lines)
     out.print("Axes: b batch, p position, h head, q query, k key.")
     out.print(f"The model has {len(loaded.hook_names)} hook points; layers: {', '.join(towers)}.", highlight=False)
@@ -101,8 +116,6 @@ def models() -> None:
 
     from hooked_vlm import toys
     from hooked_vlm.models import MODELS
-    from weights_conversion.blip import TASKS
-    from weights_conversion.families import FAMILIES
 
     embedded = Table(box=box.SIMPLE_HEAD, title="Embedded models")
     embedded.add_column("name")
@@ -111,10 +124,14 @@ def models() -> None:
         size = sum(file.stat().st_size for file in toys.folder(name).iterdir())
         embedded.add_row(name, f"{size / 2**20:.1f} MiB")
     supported = Table(box=box.SIMPLE_HEAD, title="Checkpoints in HF format, from a folder or the hub")
-    for title in ("model_type", "architecture", "class here"):
+    for title in ("HF's class", "class here", "published as, for example"):
         supported.add_column(title, overflow="fold")
-    for architecture, task in TASKS.items():
-        supported.add_row(", ".join(FAMILIES), architecture, MODELS[task].__name__)
+    for architecture, model in MODELS.items():
+        supported.add_row(architecture, model.__name__, EXAMPLES[architecture])
     out = console()
     out.print(embedded, supported)
-    out.print("BLIP's research files (.pth) are loaded too, as the same classes.", soft_wrap=True)
+    out.print(
+        "Research checkpoints are loaded too, as the same classes: BLIP's .pth files, and LLaVA's folders "
+        "(liuhaotian/llava-v1.5-*, v1.6-*).",
+        soft_wrap=True,
+    )

@@ -1,7 +1,8 @@
 """Multi-head attention, self or cross, every tensor of it observable and editable.
 
-Axes: b batch, p position, h head, q query, k key. Projections keep HF's ``nn.Linear`` layout, fused or separate as in
-the checkpoint, so that the matrix products are HF's; ``W_Q`` and the others are views in TransformerLens's layout.
+Axes: b batch, p position, h head, kv head of keys and values (several h share one in grouped-query attention), q query,
+k key. Projections keep HF's ``nn.Linear`` layout, fused or separate as in the checkpoint, so that the matrix products
+are HF's; ``W_Q`` and the others are views in TransformerLens's layout.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooked_vlm.components.mask import Mask
-from hooked_vlm.config import AttentionImplementation
+from hooked_vlm.components.rotary import rotate
+from hooked_vlm.config import AttentionImplementation, TowerConfig
 from hooked_vlm.hook_point import HookPoint, follow
+
+ProjectionName = Literal["q", "k", "v"]
+QKV: tuple[ProjectionName, ...] = ("q", "k", "v")
 
 
 class Split(NamedTuple):
@@ -32,16 +37,20 @@ class Split(NamedTuple):
     """The LayerNorm between what was shown and what is projected, in pre-LN blocks."""
 
 
+Rotation = tuple[Float[Tensor, "#b p d_rotary"], Float[Tensor, "#b p d_rotary"]]
+"""Cosines and sines of the positions."""
+
+
 @dataclass
 class KeyValues:
     """The keys and values of one attention layer that are known already: earlier positions, or another tower's."""
 
-    keys: Float[Tensor, "b h k d_head"] | None = None
-    values: Float[Tensor, "b h k d_head"] | None = None
+    keys: Float[Tensor, "b kv k d_head"] | None = None
+    values: Float[Tensor, "b kv k d_head"] | None = None
 
     def extend(
-        self, keys: Float[Tensor, "b h k d_head"], values: Float[Tensor, "b h k d_head"]
-    ) -> tuple[Float[Tensor, "b h k_all d_head"], Float[Tensor, "b h k_all d_head"]]:
+        self, keys: Float[Tensor, "b kv k d_head"], values: Float[Tensor, "b kv k d_head"]
+    ) -> tuple[Float[Tensor, "b kv k_all d_head"], Float[Tensor, "b kv k_all d_head"]]:
         """Put new positions after the known ones, and return all."""
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
@@ -64,37 +73,32 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        d_head: int,
-        *,
-        d_other: int | None = None,
-        fused_qkv: bool = False,
-        scale_by: Literal["multiply", "divide"] = "multiply",
-        packs_keys: bool = False,
-        implementation: AttentionImplementation = "eager",
+        self, config: TowerConfig, implementation: AttentionImplementation = "eager", *, is_cross: bool = False
     ) -> None:
-        """``d_other``: width of the other tower's states, for cross-attention. ``scale_by``: whether scores are
-        multiplied by ``d_head ** -0.5`` or divided by ``d_head ** 0.5``, which differ in the last bit.
-        ``packs_keys``: whether keys and values are laid out head by head before they are used, as HF's decoders do,
-        which put them through a cache; products over another layout differ in the last bit."""
         super().__init__()
-        self.n_heads, self.d_head, self.scale_by, self.packs_keys = n_heads, d_head, scale_by, packs_keys
+        self.n_heads, self.d_head = config.n_heads, config.d_head
+        self.n_kv_heads = config.n_heads if config.n_kv_heads is None else config.n_kv_heads
+        self.scale_by, self.softmax_in_float32 = config.scale_by, config.softmax_in_float32
+        self.packs_keys = config.packs_keys
         self.implementation: AttentionImplementation = implementation
-        self.is_cross = d_other is not None
-        self.fused_qkv = fused_qkv
-        d_source = d_model if d_other is None else d_other
-        if fused_qkv:
-            self.qkv = nn.Linear(d_model, 3 * n_heads * d_head)
+        self.is_cross = is_cross
+        self.fused_qkv = config.fused_qkv and not is_cross
+        d_source = config.d_cross if is_cross else config.d_model
+        assert d_source is not None
+        d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        if self.fused_qkv:
+            self.qkv = nn.Linear(config.d_model, d_q + 2 * d_kv, bias=config.qkv_bias)
         else:
-            self.q = nn.Linear(d_model, n_heads * d_head)
-            self.k = nn.Linear(d_source, n_heads * d_head)
-            self.v = nn.Linear(d_source, n_heads * d_head)
-        self.o = nn.Linear(n_heads * d_head, d_model)
+            self.q = nn.Linear(config.d_model, d_q, bias=config.qkv_bias)
+            self.k = nn.Linear(d_source, d_kv, bias=config.qkv_bias)
+            self.v = nn.Linear(d_source, d_kv, bias=config.qkv_bias)
+        self.o = nn.Linear(d_q, config.d_model, bias=config.out_bias)
         self.hook_q = HookPoint("b p h d_head")
         self.hook_k = HookPoint("b p h d_head")
         self.hook_v = HookPoint("b p h d_head")
+        if config.rotary is not None:
+            self.hook_rot_q = HookPoint("b p h d_head")
+            self.hook_rot_k = HookPoint("b p h d_head")
         self.hook_attn_scores = HookPoint("b h q k")
         self.hook_pattern = HookPoint("b h q k", aliased=True)
         self.hook_z = HookPoint("b p h d_head", aliased=True)
@@ -107,6 +111,7 @@ class Attention(nn.Module):
         other: Float[Tensor, "b k d_other"] | None = None,
         mask: Mask | None = None,
         known: KeyValues | None = None,
+        rotation: Rotation | None = None,
         split: tuple[Split | None, ...] = (),
     ) -> Float[Tensor, "b p d_model"]:
         """``known`` holds this layer's earlier keys and values and is extended; for cross-attention it is filled once.
@@ -120,44 +125,49 @@ class Attention(nn.Module):
             q, k, v = self._project(x)
             if any(split):
                 q, k, v = self._project_split((q, k, v), split)
-            q, (k, v) = self.hook_q(q), self._remember(self.hook_k(k), self.hook_v(v), known)
+            q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+            if rotation is not None:
+                q, k = self.hook_rot_q(_rotated(q, rotation)), self.hook_rot_k(_rotated(k, rotation))
+            k, v = self._remember(k, v, known)
         z = self._attend(q.transpose(1, 2), k, v, mask)
         return self._output(self.hook_z(z.transpose(1, 2)))
 
     def _heads(self, projected: Float[Tensor, "b p hd"]) -> Float[Tensor, "b p h d_head"]:
-        return projected.view(*projected.shape[:2], self.n_heads, self.d_head)
+        return projected.view(*projected.shape[:2], -1, self.d_head)
 
     def _project(
         self, x: Float[Tensor, "b p d_model"]
-    ) -> tuple[Float[Tensor, "b p h d_head"], Float[Tensor, "b p h d_head"], Float[Tensor, "b p h d_head"]]:
+    ) -> tuple[Float[Tensor, "b p h d_head"], Float[Tensor, "b p kv d_head"], Float[Tensor, "b p kv d_head"]]:
         if self.fused_qkv:
-            qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_heads, self.d_head)
-            # Not unbind(2), whose outputs autograd forbids to write to.
-            return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            qkv = self.qkv(x)
+            # Not split(), whose outputs autograd forbids to write to.
+            q, k, v = (self._heads(qkv[..., self._rows(name)]) for name in QKV)
+            return q, k, v
         return self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
 
     def _project_split(self, projected: tuple[Tensor, ...], split: tuple[Split | None, ...]) -> tuple[Tensor, ...]:
-        names: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
         return tuple(
             main if own is None else follow(main, own.edited, partial(self._project_heads, name, own), own.shown)
-            for name, main, own in zip(names, projected, split, strict=True)
+            for name, main, own in zip(QKV, projected, split, strict=True)
         )
 
-    def _project_heads(self, name: Literal["q", "k", "v"], own: Split) -> Float[Tensor, "b p h d_head"]:
+    def _project_heads(self, name: ProjectionName, own: Split) -> Float[Tensor, "b p h d_head"]:
         heads = own.shown if own.normalize is None else own.normalize(own.shown)
-        return einsum(heads, self._weight(name), "b p h m, h m d_head -> b p h d_head") + self._bias(name)
+        projected = einsum(heads, self._weight(name), "b p h m, h m d_head -> b p h d_head")
+        bias = self._bias(name)
+        return projected if bias is None else projected + bias
 
     def _other_keys(
         self, other: Float[Tensor, "b k d_other"], known: KeyValues | None
-    ) -> tuple[Float[Tensor, "b h k d_head"], Float[Tensor, "b h k d_head"]]:
+    ) -> tuple[Float[Tensor, "b kv k d_head"], Float[Tensor, "b kv k d_head"]]:
         if known is not None and known.keys is not None and known.values is not None:
             return known.keys, known.values
         k, v = self.hook_k(self._heads(self.k(other))), self.hook_v(self._heads(self.v(other)))
         return self._remember(k, v, known)
 
     def _remember(
-        self, k: Float[Tensor, "b p h d_head"], v: Float[Tensor, "b p h d_head"], known: KeyValues | None
-    ) -> tuple[Float[Tensor, "b h k d_head"], Float[Tensor, "b h k d_head"]]:
+        self, k: Float[Tensor, "b p kv d_head"], v: Float[Tensor, "b p kv d_head"], known: KeyValues | None
+    ) -> tuple[Float[Tensor, "b kv k d_head"], Float[Tensor, "b kv k d_head"]]:
         """All keys and values there are now, head by head."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if known is not None:
@@ -167,59 +177,95 @@ class Attention(nn.Module):
     def _attend(
         self,
         q: Float[Tensor, "b h q d_head"],
-        k: Float[Tensor, "b h k d_head"],
-        v: Float[Tensor, "b h k d_head"],
+        k: Float[Tensor, "b kv k d_head"],
+        v: Float[Tensor, "b kv k d_head"],
         mask: Mask | None,
     ) -> Float[Tensor, "b h q d_head"]:
         if self.implementation == "eager":
-            return self.hook_pattern(self.hook_attn_scores(self._scores(q, k, mask)).softmax(-1)) @ v
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.keep)
+            scores = self.hook_attn_scores(self._scores(q, k, mask))
+            return self.hook_pattern(self._softmax(scores)) @ self._for_each_query_head(v)
+        z = self._fused(q, k, v, mask)
         if self.hook_attn_scores.is_hooked or self.hook_pattern.is_hooked:
             scores, scores_edited = self.hook_attn_scores.show(self._scores(q, k, mask))
-            pattern, pattern_edited = self.hook_pattern.show(scores.softmax(-1))
-            z = follow(z, scores_edited or pattern_edited, lambda: pattern @ v, pattern)
+            pattern, pattern_edited = self.hook_pattern.show(self._softmax(scores))
+            z = follow(z, scores_edited or pattern_edited, lambda: pattern @ self._for_each_query_head(v), pattern)
         return z
 
+    def _fused(
+        self,
+        q: Float[Tensor, "b h q d_head"],
+        k: Float[Tensor, "b kv k d_head"],
+        v: Float[Tensor, "b kv k d_head"],
+        mask: Mask | None,
+    ) -> Float[Tensor, "b h q d_head"]:
+        """The kernel, called as HF calls it: which of its ways to share heads and to mask decides the last bit."""
+        is_causal = mask is not None and mask.is_plain_causal
+        keep = None if mask is None or is_causal else mask.keep
+        groups, n_queries = self.n_heads // self.n_kv_heads, q.shape[2]
+        if groups > 1 and keep is not None and n_queries == 1:
+            # One query: the heads that share keys stand as the queries of one head.
+            q = rearrange(q, "b (kv group) 1 d_head -> b kv group d_head", group=groups)
+        elif groups > 1 and keep is not None:
+            k, v = self._for_each_query_head(k), self._for_each_query_head(v)
+        z = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=keep, is_causal=is_causal, scale=self.d_head**-0.5, enable_gqa=k.shape[1] < q.shape[1]
+        )
+        return z.reshape(len(z), self.n_heads, n_queries, self.d_head)
+
+    def _for_each_query_head(self, states: Float[Tensor, "b kv k d_head"]) -> Float[Tensor, "b h k d_head"]:
+        groups = self.n_heads // self.n_kv_heads
+        return states if groups == 1 else repeat(states, "b kv k d_head -> b (kv group) k d_head", group=groups)
+
     def _scores(
-        self, q: Float[Tensor, "b h q d_head"], k: Float[Tensor, "b h k d_head"], mask: Mask | None
+        self, q: Float[Tensor, "b h q d_head"], k: Float[Tensor, "b kv k d_head"], mask: Mask | None
     ) -> Float[Tensor, "b h q k"]:
-        scores = q @ k.transpose(-1, -2)
+        scores = q @ self._for_each_query_head(k).transpose(-1, -2)
         scores = scores * self.d_head**-0.5 if self.scale_by == "multiply" else scores / math.sqrt(self.d_head)
         return scores if mask is None else scores + mask.bias
+
+    def _softmax(self, scores: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h q k"]:
+        if self.softmax_in_float32:
+            return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+        return scores.softmax(-1)
 
     def _output(self, z: Float[Tensor, "b p h d_head"]) -> Float[Tensor, "b p d_model"]:
         out = self.o(z.flatten(2))
         if self.hook_result.is_hooked:
             result, edited = self.hook_result.show(einsum(z, self.W_O, "b p h d_head, h d_head m -> b p h m"))
-            out = follow(out, edited, lambda: result.sum(2) + self.b_O, result)
+            out = follow(out, edited, lambda: self._sum_of(result), result)
         return out
 
-    def _rows(self, name: Literal["q", "k", "v"]) -> nn.Linear | tuple[Tensor, Tensor]:
-        if not self.fused_qkv:
-            return getattr(self, name)
-        index = "qkv".index(name)
-        return self.qkv.weight.chunk(3)[index], self.qkv.bias.chunk(3)[index]
+    def _sum_of(self, result: Float[Tensor, "b p h d_model"]) -> Float[Tensor, "b p d_model"]:
+        return result.sum(2) if self.b_O is None else result.sum(2) + self.b_O
 
-    def _weight(self, name: Literal["q", "k", "v"]) -> Float[Tensor, "h d_in d_head"]:
-        rows = self._rows(name)
-        weight = rows.weight if isinstance(rows, nn.Linear) else rows[0]
-        return rearrange(weight, "(h d_head) d_in -> h d_in d_head", h=self.n_heads)
+    def _rows(self, name: ProjectionName) -> slice:
+        """Which rows of the fused matrix make q, k or v."""
+        d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        start = {"q": 0, "k": d_q, "v": d_q + d_kv}[name]
+        return slice(start, start + (d_q if name == "q" else d_kv))
 
-    def _bias(self, name: Literal["q", "k", "v"]) -> Float[Tensor, "h d_head"]:
-        rows = self._rows(name)
-        bias = rows.bias if isinstance(rows, nn.Linear) else rows[1]
-        return rearrange(bias, "(h d_head) -> h d_head", h=self.n_heads)
+    def _weight(self, name: ProjectionName) -> Float[Tensor, "h d_in d_head"]:
+        weight = self.qkv.weight[self._rows(name)] if self.fused_qkv else getattr(self, name).weight
+        return rearrange(weight, "(h d_head) d_in -> h d_in d_head", d_head=self.d_head)
+
+    def _bias(self, name: ProjectionName) -> Float[Tensor, "h d_head"] | None:
+        bias = self.qkv.bias if self.fused_qkv else getattr(self, name).bias
+        if bias is None:
+            return None
+        return rearrange(
+            bias[self._rows(name)] if self.fused_qkv else bias, "(h d_head) -> h d_head", d_head=self.d_head
+        )
 
     @property
     def W_Q(self) -> Float[Tensor, "h d_model d_head"]:
         return self._weight("q")
 
     @property
-    def W_K(self) -> Float[Tensor, "h d_in d_head"]:
+    def W_K(self) -> Float[Tensor, "kv d_in d_head"]:
         return self._weight("k")
 
     @property
-    def W_V(self) -> Float[Tensor, "h d_in d_head"]:
+    def W_V(self) -> Float[Tensor, "kv d_in d_head"]:
         return self._weight("v")
 
     @property
@@ -227,17 +273,22 @@ class Attention(nn.Module):
         return rearrange(self.o.weight, "d_model (h d_head) -> h d_head d_model", h=self.n_heads)
 
     @property
-    def b_Q(self) -> Float[Tensor, "h d_head"]:
+    def b_Q(self) -> Float[Tensor, "h d_head"] | None:
+        """None where there is none, as in LLaMA; so the other biases."""
         return self._bias("q")
 
     @property
-    def b_K(self) -> Float[Tensor, "h d_head"]:
+    def b_K(self) -> Float[Tensor, "kv d_head"] | None:
         return self._bias("k")
 
     @property
-    def b_V(self) -> Float[Tensor, "h d_head"]:
+    def b_V(self) -> Float[Tensor, "kv d_head"] | None:
         return self._bias("v")
 
     @property
-    def b_O(self) -> Float[Tensor, " d_model"]:
+    def b_O(self) -> Float[Tensor, " d_model"] | None:
         return self.o.bias
+
+
+def _rotated(states: Float[Tensor, "b p h d_head"], rotation: Rotation) -> Float[Tensor, "b p h d_head"]:
+    return rotate(states.transpose(1, 2), *rotation).transpose(1, 2)

@@ -1,6 +1,6 @@
 """One transformer block: self-attention, cross-attention where the tower has it, MLP; pre-LN or post-LN.
 
-Axes: b batch, p position, h head, k the other tower's positions.
+Axes: b batch, p position, h head, kv head of keys and values, k the other tower's positions.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components.attention import Attention, KeyValues, Split
+from hooked_vlm.components.attention import Attention, KeyValues, Rotation, Split
 from hooked_vlm.components.mask import Mask
-from hooked_vlm.components.mlp import MLP
-from hooked_vlm.components.norm import LayerNorm
+from hooked_vlm.components.mlp import build_mlp
+from hooked_vlm.components.norm import Norm, build_norm
 from hooked_vlm.config import AttentionImplementation, TowerConfig
 from hooked_vlm.hook_point import HookPoint
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
         self.has_cross_attention = config.d_cross is not None
 
     def _build_attention_inputs(self) -> None:
@@ -44,39 +44,45 @@ class Block(nn.Module):
         self.hook_k_input = HookPoint("b p h d_model")
         self.hook_v_input = HookPoint("b p h d_model")
 
-    def _split(self, attn_in: Float[Tensor, "b p d_model"], norm: LayerNorm | None) -> tuple[Split | None, ...]:
+    def _split(self, attn_in: Float[Tensor, "b p d_model"], norm: Norm | None) -> tuple[Split | None, ...]:
         """Each of q, k and v's own per-head copy of what attention reads, where someone looks at it."""
         return tuple(
-            self._own_copies(point, attn_in, norm) if point.is_hooked else None
-            for point in (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+            self._own_copies(point, n_heads, attn_in, norm) if point.is_hooked else None
+            for point, n_heads in (
+                (self.hook_q_input, self.n_heads),
+                (self.hook_k_input, self.n_kv_heads),
+                (self.hook_v_input, self.n_kv_heads),
+            )
         )
 
-    def _own_copies(self, point: HookPoint, attn_in: Float[Tensor, "b p d_model"], norm: LayerNorm | None) -> Split:
-        copies = attn_in.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
+    def _own_copies(
+        self, point: HookPoint, n_heads: int, attn_in: Float[Tensor, "b p d_model"], norm: Norm | None
+    ) -> Split:
+        copies = attn_in.unsqueeze(2).expand(-1, -1, n_heads, -1)
         shown, edited = point.show(copies.clone() if point.is_edited else copies)
         return Split(shown, edited, None if norm is None else norm.normalize)
 
 
 class PreNormBlock(Block):
-    """A sub-layer reads the residual through a LayerNorm and adds to it."""
+    """A sub-layer reads the residual through a normalisation and adds to it."""
 
     def __init__(self, config: TowerConfig, implementation: AttentionImplementation) -> None:
         super().__init__(config)
         self.hook_resid_pre = _residual()
         self._build_attention_inputs()
-        self.ln1 = LayerNorm(config.d_model, config.eps)
-        self.attn = _attention(config, implementation, fused_qkv=config.fused_qkv)
+        self.ln1 = build_norm(config)
+        self.attn = Attention(config, implementation)
         self.hook_attn_out = HookPoint("b p d_model")
         self.hook_resid_mid = _residual()
         if self.has_cross_attention:
             self.hook_cross_attn_in = _residual()
-            self.ln_cross = LayerNorm(config.d_model, config.eps)
-            self.cross_attn = _attention(config, implementation, d_other=config.d_cross)
+            self.ln_cross = build_norm(config)
+            self.cross_attn = Attention(config, implementation, is_cross=True)
             self.hook_cross_attn_out = HookPoint("b p d_model")
             self.hook_resid_mid_cross = _residual()
         self.hook_mlp_in = _residual()
-        self.ln2 = LayerNorm(config.d_model, config.eps)
-        self.mlp = MLP(config.d_model, config.d_mlp, config.act)
+        self.ln2 = build_norm(config)
+        self.mlp = build_mlp(config)
         self.hook_mlp_out = HookPoint("b p d_model")
         self.hook_resid_post = _residual()
 
@@ -88,11 +94,12 @@ class PreNormBlock(Block):
         known: LayerKnown | None = None,
         other: Float[Tensor, "b k d_other"] | None = None,
         other_mask: Mask | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Tensor, "b p d_model"]:
         resid_pre = self.hook_resid_pre(resid_pre)
         attn_in = self.hook_attn_in(resid_pre)
         split = self._split(attn_in, self.ln1)
-        attn_out = self.attn(self.ln1(attn_in), mask=mask, known=known and known.attn, split=split)
+        attn_out = self.attn(self.ln1(attn_in), mask=mask, known=known and known.attn, rotation=rotation, split=split)
         resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(attn_out))
         if self.has_cross_attention and other is not None:
             cross_in = self.ln_cross(self.hook_cross_attn_in(resid_mid))
@@ -109,23 +116,23 @@ class PostNormBlock(Block):
         super().__init__(config)
         self.hook_resid_pre = _residual()
         self._build_attention_inputs()
-        self.attn = _attention(config, implementation, fused_qkv=config.fused_qkv)
+        self.attn = Attention(config, implementation)
         self.hook_attn_out = HookPoint("b p d_model")
         self.hook_resid_mid = _residual()
-        self.ln1 = LayerNorm(config.d_model, config.eps)
+        self.ln1 = build_norm(config)
         self.hook_normalized_resid_mid = _residual()
         if self.has_cross_attention:
             self.hook_cross_attn_in = _residual()
-            self.cross_attn = _attention(config, implementation, d_other=config.d_cross)
+            self.cross_attn = Attention(config, implementation, is_cross=True)
             self.hook_cross_attn_out = HookPoint("b p d_model")
             self.hook_resid_mid_cross = _residual()
-            self.ln_cross = LayerNorm(config.d_model, config.eps)
+            self.ln_cross = build_norm(config)
             self.hook_normalized_resid_mid_cross = _residual()
         self.hook_mlp_in = _residual()
-        self.mlp = MLP(config.d_model, config.d_mlp, config.act)
+        self.mlp = build_mlp(config)
         self.hook_mlp_out = HookPoint("b p d_model")
         self.hook_resid_post = _residual()
-        self.ln2 = LayerNorm(config.d_model, config.eps)
+        self.ln2 = build_norm(config)
         self.hook_normalized_resid_post = _residual()
 
     def forward(
@@ -136,10 +143,13 @@ class PostNormBlock(Block):
         known: LayerKnown | None = None,
         other: Float[Tensor, "b k d_other"] | None = None,
         other_mask: Mask | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Tensor, "b p d_model"]:
         stream = self.hook_resid_pre(resid_pre)
         attn_in = self.hook_attn_in(stream)
-        attn_out = self.attn(attn_in, mask=mask, known=known and known.attn, split=self._split(attn_in, None))
+        attn_out = self.attn(
+            attn_in, mask=mask, known=known and known.attn, rotation=rotation, split=self._split(attn_in, None)
+        )
         stream = self.ln1(self.hook_resid_mid(stream + self.hook_attn_out(attn_out)))
         stream = self.hook_normalized_resid_mid(stream)
         if self.has_cross_attention and other is not None:
@@ -149,21 +159,6 @@ class PostNormBlock(Block):
             stream = self.hook_normalized_resid_mid_cross(stream)
         mlp_out = self.hook_mlp_out(self.mlp(self.hook_mlp_in(stream)))
         return self.hook_normalized_resid_post(self.ln2(self.hook_resid_post(stream + mlp_out)))
-
-
-def _attention(
-    config: TowerConfig, implementation: AttentionImplementation, *, d_other: int | None = None, fused_qkv: bool = False
-) -> Attention:
-    return Attention(
-        config.d_model,
-        config.n_heads,
-        config.d_head,
-        d_other=d_other,
-        fused_qkv=fused_qkv,
-        scale_by=config.scale_by,
-        packs_keys=config.is_causal,
-        implementation=implementation,
-    )
 
 
 def build_block(config: TowerConfig, implementation: AttentionImplementation) -> Block:

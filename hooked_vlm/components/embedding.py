@@ -8,17 +8,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooked_vlm.config import ViTConfig
+
 
 class PatchEmbedding(nn.Module):
     """A convolution over patches, a class token, and learned positions."""
 
-    def __init__(self, d_model: int, image_size: int, patch_size: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.image_size, self.patch_size = image_size, patch_size
-        self.grid = image_size // patch_size
-        self.cls = nn.Parameter(torch.zeros(1, 1, d_model))
-        self.patch = nn.Conv2d(3, d_model, kernel_size=patch_size, stride=patch_size)
-        self.pos = nn.Parameter(torch.zeros(1, self.grid**2 + 1, d_model))
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.grid = self.image_size // self.patch_size
+        self.cls = nn.Parameter(torch.zeros(1, 1, config.d_model))
+        self.patch = nn.Conv2d(
+            3, config.d_model, kernel_size=self.patch_size, stride=self.patch_size, bias=config.patch_bias
+        )
+        self.pos = nn.Parameter(torch.zeros(1, self.grid**2 + 1, config.d_model))
 
     def patches(self, pixel_values: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b p d_model"]:
         """One position a patch, row by row."""
@@ -48,18 +52,20 @@ class PatchEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Token and learned position embeddings."""
+    """Token embeddings, and learned position embeddings for towers of ``n_ctx`` positions that have them."""
 
-    def __init__(self, d_vocab: int, n_ctx: int, d_model: int) -> None:
+    def __init__(self, d_vocab: int, d_model: int, n_ctx: int | None = None) -> None:
         super().__init__()
         self.token = nn.Embedding(d_vocab, d_model)
-        self.pos = nn.Embedding(n_ctx, d_model)
         self.n_ctx = n_ctx
+        if n_ctx is not None:
+            self.pos = nn.Embedding(n_ctx, d_model)
 
     def positions(
         self, n_known: int, n_new: int, position_ids: Int[Tensor, "b p"] | None = None
     ) -> Float[Tensor, "_ p d_model"]:
         """Embeddings of the positions that follow the first ``n_known``, or of ``position_ids``."""
+        assert self.n_ctx is not None
         if n_known + n_new > self.n_ctx:
             raise ValueError(f"{n_known + n_new} tokens are too many: the tower has {self.n_ctx} positions")
         if position_ids is None:

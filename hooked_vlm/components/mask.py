@@ -16,6 +16,8 @@ class Mask:
 
     keep: Bool[Tensor, "b 1 q k"]
     dtype: torch.dtype
+    is_plain_causal: bool = False
+    """Whether every query reads all keys up to its own, and no more: what a fused kernel knows by itself."""
 
     @cached_property
     def bias(self) -> Float[Tensor, "b 1 q k"]:
@@ -40,14 +42,24 @@ def causal_mask(
     n_known: int,
     dtype: torch.dtype,
     device: torch.device,
+    window: int | None = None,
 ) -> Mask | None:
-    """Query i, at position ``n_known + i``, reads the keys up to its own; None when nothing is masked."""
+    """Query i, at position ``n_known + i``, reads the keys up to its own, at most ``window`` of them; None when nothing
+    is masked."""
+    n_keys = n_known + n_queries
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if n_queries == 1 and not padded:
+    # HF's rule, which decides between kernels: from a full window on, the mask is spelled out.
+    slides = window is not None and n_keys >= window
+    if n_queries == 1 and not padded and not slides:
         return None
-    positions = torch.arange(n_known + n_queries, device=device)
-    keep = (positions[None, :] <= positions[n_known:, None])[None, None]
+    keys = torch.arange(n_keys, device=device)
+    queries = keys[n_known:, None]
+    keep = keys[None, :] <= queries
+    if slides:
+        assert window is not None
+        keep = keep & (keys[None, :] > queries - window)
+    keep = keep[None, None]
     if padded:
         assert attention_mask is not None
         keep = keep & attention_mask.bool()[:, None, None, :]
-    return Mask(keep, dtype)
+    return Mask(keep, dtype, is_plain_causal=not padded and not slides and n_known == 0)

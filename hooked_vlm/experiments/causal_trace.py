@@ -87,7 +87,7 @@ def causal_trace(
         raise ValueError(f"direction must be 'denoising' or 'noising', not {direction!r}")
     clean = clean.to(model.device)
     corrupted = corruption(model, clean)
-    cells = _cells(model, clean, towers or model.towers[1:], sites, all_positions)
+    cells = _cells(model, clean, towers or model.text_towers, sites, all_positions)
 
     clean_logits, clean_cache = _run(model, Corrupted(clean), cells)
     corrupted_logits, corrupted_cache = _run(model, corrupted, cells)
@@ -146,7 +146,8 @@ def _check(model: HookedVLM, clean: VLMInputs) -> None:
     tower = model.towers[-1]
     if f"{tower}.hook_logits" not in model.hook_dict:
         raise ValueError(f"a causal trace scores an answer token, and {type(model).__name__} predicts none")
-    if any("" in labels for labels in model.position_labels(clean, tower)):
+    # Padding on the left is no matter: the last position is every row's last token then.
+    if not all(labels[-1] for labels in model.position_labels(clean, tower)):
         raise ValueError(f"rows of {tower} differ in length, so their answers are not read at one position")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.components import Attention
-from hooked_vlm.config import AttentionImplementation, BlipConfig
-from hooked_vlm.generation import Decoding, beam_search
+from hooked_vlm.config import AttentionImplementation, ModelConfig
+from hooked_vlm.generation import Decoding, beam_search, greedy_tokens
+from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.hooks import HookedModule
 from hooked_vlm.inputs import VLMInputs
 
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 class HookedVLM(HookedModule):
     """A vision-language model with a hook point on everything. Load one with :meth:`from_pretrained`."""
 
-    config: BlipConfig
+    config: ModelConfig
     towers: ClassVar[tuple[str, ...]]
     """The towers' names, in forward order."""
+    pairs_rows: ClassVar[bool] = True
+    """Whether an image and a text of one row belong together."""
 
-    def __init__(self, config: BlipConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self._processor: Any = None
@@ -43,10 +46,13 @@ class HookedVLM(HookedModule):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        device_map: str | dict[str, int | str | torch.device] | None = None,
+        offload_folder: str | Path | None = None,
         attention: AttentionImplementation | None = None,
         cross_attention_padding: Literal["mask", "hf"] = "mask",
         variant: Literal["hf", "original"] | None = None,
         processor: Any = None,
+        vision_tower: str | Path | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -59,11 +65,15 @@ class HookedVLM(HookedModule):
 
         Args:
             dtype: by default what ``config.json`` says, as HF does; then what the file holds.
+            device_map: where each part goes, as in accelerate, which it needs: ``"auto"``, or a device for each part
+                by name, ``"disk"`` too, with ``offload_folder`` to keep it in.
             attention: ``"eager"`` or ``"sdpa"``; by default what HF uses for this model.
-            cross_attention_padding: ``"mask"`` (a padded row gives what it gives alone) or ``"hf"``.
-            variant: ``"hf"`` or ``"original"``, see :class:`~hooked_vlm.config.BlipConfig`; by default
+            cross_attention_padding: BLIP: ``"mask"`` (a padded row gives what it gives alone) or ``"hf"``.
+            variant: BLIP: ``"hf"`` or ``"original"``, see :class:`~hooked_vlm.config.BlipConfig`; by default
                 ``"original"`` for research files and ``"hf"`` otherwise.
             processor: an HF processor, or where to load one from; by default the checkpoint's own.
+            vision_tower: where the CLIP of a research LLaVA lies that does not hold its own; by default where its
+                ``config.json`` says.
             revision, token, cache_dir, local_files_only: as in HF, for hub ids.
 
         Raises:
@@ -77,10 +87,13 @@ class HookedVLM(HookedModule):
             revision=revision,
             dtype=dtype,
             device=device,
+            device_map=device_map,
+            offload_folder=offload_folder,
             attention=attention,
             cross_attention_padding=cross_attention_padding,
             variant=variant,
             processor=processor,
+            vision_tower=vision_tower,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -125,7 +138,8 @@ class HookedVLM(HookedModule):
         if self._processor is None or isinstance(self._processor, (str, Path)):
             from hooked_vlm.processing import load_processor
 
-            self._processor = load_processor(self._processor or self.config.name_or_path)
+            source = self._processor or self.config.name_or_path
+            self._processor = load_processor(source, reads_text=self.config.d_vocab > 0)
         return self._processor
 
     @property
@@ -156,7 +170,7 @@ class HookedVLM(HookedModule):
         """Logits: ``[b p d_vocab]`` where the model predicts tokens."""
 
     @abstractmethod
-    def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
+    def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and texts, through the checkpoint's own processor."""
 
     @abstractmethod
@@ -168,7 +182,49 @@ class HookedVLM(HookedModule):
         """What each position of a tower stands for, row by row, for axes; empty strings for padding."""
 
     def _inputs(self, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:
-        return VLMInputs.of(inputs).checked(self.config.text.d_vocab).to(self.device)
+        """The inputs, where the model is, and known to fit it."""
+        inputs = VLMInputs.of(inputs).checked(self.config.d_vocab)
+        n_images = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
+        if self.pairs_rows and n_images not in (0, len(inputs)) and inputs.image_rows is None:
+            sizes = {name: len(tensor) for name, tensor in inputs.tensors().items()}
+            raise ValueError(f"inputs have different numbers of rows: {sizes}")
+        return inputs.to(self.device)
+
+    def _check_tower(self, tower: str) -> None:
+        if tower not in self.towers:
+            raise ValueError(f"no tower {tower!r}; this model has {', '.join(self.towers)}")
+
+    @property
+    def text_towers(self) -> tuple[str, ...]:
+        """Towers with layers, but for the one that sees the image."""
+        return tuple(name for name in self.towers[1:] if hasattr(self.get_submodule(name), "blocks"))
+
+    @torch.no_grad()
+    def check_finite(self, inputs: VLMInputs | Mapping[str, Any], **options: Any) -> None:
+        """Run a forward, and say where in it numbers stop being finite, as half precision's do when they overflow.
+
+        A score of minus infinity is none: that is what a masked score may round to in float16.
+
+        Raises:
+            FloatingPointError: an activation holds infinity or NaN; names the first such hook point.
+        """
+
+        def check(activation: Tensor, hook: HookPoint) -> None:
+            is_masked = hook.name.endswith("hook_attn_scores") & (activation == -torch.inf)
+            bad = ~(activation.isfinite() | is_masked)
+            if bool(bad.any()):
+                place = tuple(int(index) for index in bad.nonzero()[0])
+                where = ", ".join(f"{axis} {index}" for axis, index in zip(hook.axes, place, strict=True))
+                raise FloatingPointError(
+                    f"{hook.name} is the first activation that is not finite: {int(bad.sum())} of {bad.numel()} "
+                    f"numbers in {str(activation.dtype).removeprefix('torch.')}, the first {activation[place].item()} "
+                    f"at {where}"
+                )
+
+        # Those that exist only where someone looks have nothing that others lack, and cost as much as all the rest.
+        apart = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input")
+        names = [name for name in self.hook_names if not name.endswith(apart)]
+        self.run_with_hooks(inputs, fwd_hooks=[(names, check)], **options)
 
     def patch(
         self, inputs: VLMInputs | Mapping[str, Any], edits: Sequence[Edit], **options: Any
@@ -219,12 +275,42 @@ class HookedVLM(HookedModule):
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
-            eos_token_ids=[self.config.eos_token_id],
+            eos_token_ids=self.config.eos_token_ids,
             pad_token_id=self.config.pad_token_id,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
         )
-        return tokens if return_type == "tokens" else self.decode(tokens)
+        return tokens if return_type == "tokens" else self.decode(self._own_words(tokens, prompt))
+
+    def stream(self, inputs: VLMInputs | Mapping[str, Any], *, max_new_tokens: int = 20) -> Iterator[str]:
+        """The text of :meth:`generate`, greedy, piece by piece as it is found.
+
+        Raises:
+            ValueError: more than one row.
+        """
+        inputs = self._inputs(inputs)
+        if len(inputs) != 1:
+            raise ValueError(f"a stream is of one row, and these inputs have {len(inputs)}")
+        decoding, prompt = self._start_decoding(inputs)
+        found = self._own_words(prompt, prompt)
+        told = ""
+        for token in greedy_tokens(
+            decoding,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.config.eos_token_ids,
+            pad_token_id=self.config.pad_token_id,
+        ):
+            found = torch.cat([found, token[None]], dim=1)
+            text = self.decode(found)[0]
+            # A character of several tokens is told when it is whole.
+            if text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(told) :]
+                told = text
+
+    def _own_words(self, tokens: Int[Tensor, "b length"], prompt: Int[Tensor, "b prompt"]) -> Int[Tensor, "b _"]:
+        """What of a generated sequence is told as its text: all of it, where the prompt is the text's beginning."""
+        return tokens
 
     def token_strings(self, tokens: Int[Tensor, "..."]) -> list[str]:
         """Each token id as a string, special tokens too."""

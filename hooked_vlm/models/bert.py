@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import LayerNorm, TokenEmbedding, activation, bidirectional_mask, causal_mask
+from hooked_vlm.components import TokenEmbedding, activation, bidirectional_mask, build_norm, causal_mask
 from hooked_vlm.config import AttentionImplementation, BertConfig
 from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.models.tower import Known, Tower, shown
@@ -28,16 +28,16 @@ class Bert(Tower):
 
     def __init__(self, config: BertConfig, attention: AttentionImplementation) -> None:
         super().__init__(config)
-        self.embed = TokenEmbedding(config.d_vocab, config.n_ctx, config.d_model)
+        self.embed = TokenEmbedding(config.d_vocab, config.d_model, config.n_ctx)
         self.hook_embed = HookPoint("b p d_model")
         self.hook_pos_embed = HookPoint("b p d_model")
-        self.ln_pre = LayerNorm(config.d_model, config.eps)
+        self.ln_pre = build_norm(config)
         self.hook_full_embed = HookPoint("b p d_model", aliased=True)
         self._build_blocks(attention)
         self.hook_out = HookPoint("b p d_model", aliased=True)
         if config.has_head:
             self.unembed = Unembedding(config.d_model, config.d_vocab, config.act)
-            self.ln_final = LayerNorm(config.d_model, config.eps)
+            self.ln_final = build_norm(config)
             self.hook_logits = HookPoint("b p d_vocab")
             if config.ties_embeddings:
                 self.unembed.decoder.weight = self.embed.token.weight

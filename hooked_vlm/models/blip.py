@@ -22,7 +22,7 @@ from hooked_vlm.models.base import HookedVLM
 from hooked_vlm.models.bert import Bert
 from hooked_vlm.models.tower import Known
 from hooked_vlm.models.vit import ViT
-from hooked_vlm.processing import blip_inputs, token_strings, with_texts
+from hooked_vlm.processing import blip_inputs, label_patches, label_tokens, with_texts
 
 
 class RankedAnswers(NamedTuple):
@@ -80,6 +80,7 @@ class BertDecoding:
 class HookedBlip(HookedVLM):
     """What BLIP's three models share: the vision encoder."""
 
+    config: BlipConfig
     vision_encoder: ViT
 
     def encode_image(self, inputs: VLMInputs) -> Float[Tensor, "b p_image d_vision"]:
@@ -100,22 +101,10 @@ class HookedBlip(HookedVLM):
         return with_texts(self.processor, self.config, inputs, texts, **self.text_places).to(self.device)
 
     def position_labels(self, inputs: VLMInputs, tower: str) -> list[list[str]]:
-        if tower not in self.towers:
-            raise ValueError(f"no tower {tower!r}; this model has {', '.join(self.towers)}")
+        self._check_tower(tower)
         if tower == "vision_encoder":
-            height, width = inputs.pixel_values.shape[-2:] if inputs.pixel_values is not None else (0, 0)
-            patch = self.config.vision.patch_size
-            patches = [f"{row},{column}" for row in range(height // patch) for column in range(width // patch)]
-            return [["[class]", *patches]] * len(inputs)
-        ids, mask = self._tower_ids(inputs, tower)
-        rows = zip(ids, torch.ones_like(ids) if mask is None else mask, strict=True)
-        return [
-            [
-                token if kept else ""
-                for token, kept in zip(token_strings(self.processor.tokenizer, row), keep, strict=True)
-            ]
-            for row, keep in ((row.tolist(), keep.tolist()) for row, keep in rows)
-        ]
+            return label_patches(inputs, self.config.vision)
+        return label_tokens(self.processor.tokenizer, *self._tower_ids(inputs, tower))
 
     def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:
         """A text tower's token ids, and which of them are no padding."""
@@ -173,7 +162,7 @@ class HookedBlipVQA(HookedBlip):
             raise ValueError("BLIP needs a question's input_ids")
         return self.question_encoder(*self._tower_ids(inputs, "question_encoder"), other=self.encode_image(inputs))
 
-    def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
+    def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and questions, through the checkpoint's own processor; questions pad on the right.
 
         Spans: ``image`` (patches in ``vision_encoder``), ``question`` (its words in ``question_encoder``), ``last``
@@ -291,7 +280,7 @@ class HookedBlipCaption(HookedBlip):
         ids, mask = self._tower_ids(inputs, "text_decoder")
         return self.text_decoder.logits(self.text_decoder(ids, mask, other=image))
 
-    def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
+    def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures, and from the beginnings of captions where ``texts`` are given.
 
         A text becomes ``[DEC]`` and its tokens, which is what generation continues. Spans: ``image``, ``prompt``
@@ -368,7 +357,7 @@ class HookedBlipRetrieval(HookedBlip):
         text_embeds = self.hook_text_embeds(F.normalize(self.text_proj(text[:, 0]), dim=-1))
         return image_embeds @ text_embeds.T
 
-    def prepare(self, images: Any, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
+    def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and texts. Spans: ``image``, ``text``, ``last`` (where the heads read: ``[CLS]``)."""
         if texts is None:
             raise ValueError("retrieval needs a text")

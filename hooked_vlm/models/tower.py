@@ -6,12 +6,13 @@ values already known for the rest. Axes: b batch, p new positions, k the other t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import LayerKnown, Mask, build_block
+from hooked_vlm.components import LayerKnown, Mask, Rotation, build_block
 from hooked_vlm.config import AttentionImplementation, TowerConfig
 from hooked_vlm.hook_point import HookPoint
 
@@ -45,15 +46,26 @@ class Tower(nn.Module):
         resid: Float[Tensor, "b p d_model"],
         *,
         start: int = 0,
-        mask: Mask | None = None,
+        stop: int | None = None,
+        mask: Mask | Sequence[Mask | None] | None = None,
         known: Known | None = None,
         other: Float[Tensor, "b k d_other"] | None = None,
         other_mask: Mask | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Tensor, "b p d_model"]:
-        """The stream after the last block, from what block ``start`` reads."""
-        for layer in range(start, len(self.blocks)):
-            layer_known = None if known is None else known.layers[layer]
-            resid = self.blocks[layer](resid, mask=mask, known=layer_known, other=other, other_mask=other_mask)
+        """What block ``stop`` would read (by default the stream after the last one), from what ``start`` reads.
+
+        ``mask``: one for all layers, or one a layer.
+        """
+        for layer in range(start, len(self.blocks) if stop is None else stop):
+            resid = self.blocks[layer](
+                resid,
+                mask=mask[layer] if isinstance(mask, Sequence) else mask,
+                known=None if known is None else known.layers[layer],
+                other=other,
+                other_mask=other_mask,
+                rotation=rotation,
+            )
         return resid
 
     def new_known(self) -> Known:

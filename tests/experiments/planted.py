@@ -28,6 +28,7 @@ PATCH, IMAGE = 4, 12
 def planted_model() -> HookedBlipVQA:
     shape = {"d_model": D_MODEL, "n_layers": N_LAYERS, "n_heads": N_HEADS, "d_head": D_HEAD, "d_mlp": 16, "act": "gelu"}
     config = BlipConfig(
+        architecture="BlipForQuestionAnswering",
         task="vqa",
         vision=ViTConfig(**shape, eps=1e-5, norm_order="pre", fused_qkv=True, image_size=IMAGE, patch_size=PATCH),
         text=BertConfig(
@@ -35,7 +36,8 @@ def planted_model() -> HookedBlipVQA:
         ),
         d_projection=8,
         bos_token_id=DEC,
-        eos_token_id=SEP,
+        d_vocab=D_VOCAB,
+        eos_token_ids=(SEP,),
         pad_token_id=PAD,
         enc_token_id=DEC,
     )

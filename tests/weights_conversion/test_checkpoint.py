@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weights_conversion import CheckpointError, family_of_config, open_checkpoint
+from weights_conversion import CheckpointError, family_of_config, one_dtype, open_checkpoint
 from weights_conversion.blip import BLIP
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
@@ -118,6 +118,90 @@ def test_an_index_that_promises_a_key_that_its_shard_lacks(folder: Path) -> None
     refused(folder, "one.safetensors does not hold b")
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def shards(folder: Path, weight_map: dict[str, str], **files: dict[str, torch.Tensor]) -> Path:
+    for name, state in files.items():
+        save_file(state, folder / f"{name}.safetensors")
+    index(folder, INDEX, {key: f"{name}.safetensors" for key, name in weight_map.items()})
+    return folder
+
+
+def test_an_index_that_names_a_key_twice(folder: Path) -> None:
+    shards(folder, {}, one={"a": STATE["a"]}, two={"b": STATE["b"]})
+    twice = '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "a": "two.safetensors"}}'
+    (folder / INDEX).write_text(twice)
+    refused(folder, f"{INDEX} says a twice: 'one.safetensors' and 'two.safetensors'")
+    (folder / INDEX).write_text(twice.replace('"a": "two', '"a": "one'))
+    assert torch.equal(open_checkpoint(folder).state["a"], STATE["a"])
+
+
+def test_a_config_that_says_something_twice(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "blip", "vision_config": {"eps": 1, "eps": 2}}')
+    refused(folder, "config.json says eps twice: 1 and 2")
+
+
+def test_the_files_say_where_a_key_is_and_not_the_index(folder: Path) -> None:
+    """As in HF: a key that the index puts elsewhere is read where it is, and one that it leaves out is read too."""
+    shards(folder, {"a": "two", "b": "one"}, one={"a": STATE["a"], "c": STATE["b"] + 1}, two={"b": STATE["b"]})
+    state = open_checkpoint(folder).state
+    assert {*state} == {"a", "b", "c"}
+    assert torch.equal(state["a"], STATE["a"])
+    assert torch.equal(state["c"], STATE["b"] + 1)
+    assert "d" not in state
+    with pytest.raises(KeyError):
+        state["d"]
+
+
+def test_a_key_in_two_shards(folder: Path) -> None:
+    shards(folder, {"a": "one", "b": "two"}, one={"a": STATE["a"]}, two=STATE)
+    refused(folder, "one.safetensors and two.safetensors both hold a; one of them is of another save")
+
+
+# What else it says ----------------------------------------------------------------------------------------------------
+
+
+def test_the_generation_config_is_read_where_there_is_one(folder: Path) -> None:
+    save_file(STATE, folder / "model.safetensors")
+    assert open_checkpoint(folder).generation == {}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert open_checkpoint(folder).generation == {"eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text("[]")
+    refused(folder, "generation_config.json holds a JSON list")
+
+
+def test_one_dtype_of_all_floating_point_tensors(folder: Path) -> None:
+    state = {"a": STATE["a"].half(), "b": torch.arange(3), "inv_freq": STATE["b"]}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        save_file(state, folder / name) if name.startswith("model") else torch.save(state, folder / name)
+        checkpoint = open_checkpoint(folder)
+        assert one_dtype(checkpoint, lambda key: key == "inv_freq") == torch.float16
+        told = f"dtypes: 1 of torch.float16 .a in {name}., 1 of torch.float32 .inv_freq in {name}.; choose one"
+        with pytest.raises(CheckpointError, match=told):
+            one_dtype(checkpoint)
+        (folder / name).unlink()
+    shards(folder, {"a": "one", "b": "two"}, one={"a": STATE["a"]}, two={"b": STATE["b"].bfloat16()})
+    with pytest.raises(CheckpointError, match=r"torch.float32 .a in one.safetensors., 1 of torch.bfloat16 .b in two"):
+        one_dtype(open_checkpoint(folder))
+    shards(folder, {"b": "two"}, two={"b": torch.arange(3)})
+    assert one_dtype(open_checkpoint(folder)) is None
+
+
+def test_a_companion_adds_what_is_missing_and_does_not_count_for_the_dtype(folder: Path, tmp_path: Path) -> None:
+    save_file({"a": STATE["a"].half()}, folder / "model.safetensors")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "clip"}')
+    save_file(STATE, other / "model.safetensors")
+    joined = open_checkpoint(folder).joined(open_checkpoint(other))
+    assert [*joined.state] == ["a", "b"]
+    assert joined.state["a"].dtype == torch.float16
+    assert torch.equal(joined.state["b"], STATE["b"])
+    assert one_dtype(joined) == torch.float16
+    assert joined.config == {"model_type": "blip", "companion": {"model_type": "clip"}}
+
+
 class Payload:
     """Runs a command where it is unpickled."""
 
@@ -182,9 +266,11 @@ def test_no_damage_gives_another_error(tmp_path: Path, form: str) -> None:
 # What config.json says ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llava", None, ["blip"]])
+@pytest.mark.parametrize("model_type", ["bert", "clip_vision_model", None, ["blip"]])
 def test_an_unsupported_model_type_lists_those_supported(model_type: Any) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(f"unsupported model_type {model_type!r}; supported: blip")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"unsupported model_type {model_type!r}; supported: blip, llava, ")
+    ):
         family_of_config({"model_type": model_type})
 
 

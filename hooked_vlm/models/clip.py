@@ -1,0 +1,149 @@
+"""CLIP (Radford et al. 2021): an image and a text, embedded in one space.
+
+Axes: b_image images, b_text texts; the two need not be as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_vlm.components import TokenEmbedding, build_norm, causal_mask
+from hooked_vlm.config import AttentionImplementation, ClipConfig, ClipTextConfig
+from hooked_vlm.generation import Decoding
+from hooked_vlm.hook_point import HookPoint
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.models.base import HookedVLM
+from hooked_vlm.models.tower import Tower, shown
+from hooked_vlm.models.vit import ViT
+from hooked_vlm.processing import clip_inputs, label_patches, label_tokens
+
+
+class ClipText(Tower):
+    """CLIP's text tower: causal, pre-LN, read at the end-of-text token."""
+
+    config: ClipTextConfig
+
+    def __init__(self, config: ClipTextConfig, attention: AttentionImplementation) -> None:
+        super().__init__(config)
+        self.embed = TokenEmbedding(config.d_vocab, config.d_model, config.n_ctx)
+        self.hook_embed = HookPoint("b p d_model")
+        self.hook_pos_embed = HookPoint("b p d_model")
+        self.hook_full_embed = HookPoint("b p d_model", aliased=True)
+        self._build_blocks(attention)
+        self.ln_final = build_norm(config)
+        self.hook_out = HookPoint("b p d_model", aliased=True)
+        self.hook_pooled = HookPoint("b d_model")
+
+    def forward(
+        self, input_ids: Int[Tensor, "b p"], attention_mask: Int[Tensor, "b p"] | None = None
+    ) -> Float[Tensor, "b p d_model"]:
+        """States ``[b p d_model]`` after the last LayerNorm."""
+        batch, n_tokens = input_ids.shape
+        tokens = self.hook_embed(self.embed.token(input_ids))
+        pos = shown(self.hook_pos_embed, self.embed.positions(0, n_tokens), batch)
+        mask = causal_mask(attention_mask, n_tokens, 0, tokens.dtype, tokens.device)
+        resid = self.run_blocks(self.hook_full_embed(tokens + pos), mask=mask)
+        return self.hook_out(self.ln_final(resid))
+
+    def pooled(self, states: Float[Tensor, "b p d_model"], input_ids: Int[Tensor, "b p"]) -> Float[Tensor, "b d_model"]:
+        """The states at the end-of-text tokens."""
+        return self.hook_pooled(states[torch.arange(len(states), device=states.device), self.read_at(input_ids)])
+
+    def read_at(self, input_ids: Int[Tensor, "b p"]) -> Int[Tensor, " b"]:
+        """Where each text is read: its first end-of-text token."""
+        # OpenAI's configs say 2, which is no end-of-text token; theirs has the highest id of all.
+        is_end = input_ids if self.config.eos_token_id == 2 else (input_ids == self.config.eos_token_id)
+        return is_end.int().argmax(dim=-1)
+
+
+class HookedClip(HookedVLM):
+    """Images and texts to logits: how well each image goes with each text."""
+
+    config: ClipConfig
+    towers: ClassVar[tuple[str, ...]] = ("vision_encoder", "text_encoder")
+    pairs_rows: ClassVar[bool] = False
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__(config)
+        self.vision_encoder = ViT(config.vision, config.attention)
+        self.vision_proj = nn.Linear(config.vision.d_model, config.d_projection, bias=False)
+        self.hook_image_embeds = HookPoint("b_image d_projection")
+        self.text_encoder = ClipText(config.text, config.attention)
+        self.text_proj = nn.Linear(config.text.d_model, config.d_projection, bias=False)
+        self.hook_text_embeds = HookPoint("b_text d_projection")
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.hook_logits = HookPoint("b_image b_text")
+        self.setup()
+
+    def forward(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b_image b_text"]:
+        """Cosines of image and text embeddings, times the learned scale: HF's ``logits_per_image``."""
+        inputs = self._inputs(inputs)
+        image, text = self.encode_image(inputs), self.encode_text(inputs)
+        return self.hook_logits((text @ image.T * self.logit_scale.exp()).T)
+
+    def encode_image(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b_image d_projection"]:
+        """Each image's embedding, of length 1."""
+        inputs = self._inputs(inputs)
+        if inputs.pixel_values is None:
+            raise ValueError("CLIP needs pixel_values")
+        states = self.vision_encoder(inputs.pixel_values, interpolate_pos_encoding=inputs.interpolate_pos_encoding)
+        return self.hook_image_embeds(_of_length_1(self.vision_proj(self.vision_encoder.pooled(states))))
+
+    def encode_text(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b_text d_projection"]:
+        """Each text's embedding, of length 1."""
+        inputs = self._inputs(inputs)
+        if inputs.input_ids is None:
+            raise ValueError("CLIP needs a text's input_ids")
+        states = self.text_encoder(inputs.input_ids, inputs.attention_mask)
+        pooled = self.text_encoder.pooled(states, inputs.input_ids)
+        return self.hook_text_embeds(_of_length_1(self.text_proj(pooled)))
+
+    def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
+        """Inputs from pictures, texts or both, each as many as there are; texts pad on the right.
+
+        Spans: ``image`` (patches in ``vision_encoder``), ``text``, ``last`` (the end-of-text token that is read).
+        """
+        inputs = clip_inputs(self.processor, self.config, images, texts, **options)
+        if inputs.input_ids is not None:
+            inputs = self._with_last(inputs)
+        return inputs.to(self.device)
+
+    def reword(self, inputs: VLMInputs, texts: Sequence[str]) -> VLMInputs:
+        reworded = clip_inputs(self.processor, self.config, None, list(texts))
+        return self._with_last(
+            replace(
+                reworded,
+                pixel_values=inputs.pixel_values,
+                interpolate_pos_encoding=inputs.interpolate_pos_encoding,
+                patch_grid=inputs.patch_grid,
+                spans={**inputs.spans, **reworded.spans},
+            )
+        ).to(self.device)
+
+    def _with_last(self, inputs: VLMInputs) -> VLMInputs:
+        from hooked_vlm.inputs import Span
+
+        assert inputs.input_ids is not None
+        read = tuple((int(position),) for position in self.text_encoder.read_at(inputs.input_ids))
+        return replace(inputs, spans={**inputs.spans, "last": Span("text_encoder", read)})
+
+    def position_labels(self, inputs: VLMInputs, tower: str) -> list[list[str]]:
+        self._check_tower(tower)
+        if tower == "vision_encoder":
+            return label_patches(inputs, self.config.vision)
+        assert inputs.input_ids is not None
+        return label_tokens(self.processor.tokenizer, inputs.input_ids, inputs.attention_mask)
+
+    def _start_decoding(self, inputs: VLMInputs) -> tuple[Decoding, Int[Tensor, "b prompt"]]:
+        raise TypeError("CLIP does not generate text")
+
+
+def _of_length_1(embeds: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    # HF's arithmetic, which is not F.normalize's.
+    return embeds / embeds.pow(2).sum(-1, keepdim=True).pow(0.5)
