@@ -6,7 +6,7 @@ random is drawn once, from a seed, and held: every cell of a grid sees the same 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,7 +60,7 @@ class AdditiveGaussian:
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         activation = _activation(model, clean, self.site)
         noise = self.std * _unit(activation) * _draws(self, activation)
-        return Corrupted(clean.repeat(self.draws), (Add(self.site, noise.flatten(0, 1)),), self.draws)
+        return Corrupted(clean.repeat(self.draws), (Add(self.site, _of_each_row(noise, clean)),), self.draws)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MultiplicativeGaussian:
 
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         factors = self.mean + self.std * _draws(self, _activation(model, clean, self.site))
-        return Corrupted(clean.repeat(self.draws), (Scale(self.site, factors.flatten(0, 1)),), self.draws)
+        return Corrupted(clean.repeat(self.draws), (Scale(self.site, _of_each_row(factors, clean)),), self.draws)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PixelNoise:
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         pixels = _pixels(clean)
         noisy = pixels[:, None] + (self.std * _unit(pixels) * _draws(self, pixels)).to(pixels)
-        return Corrupted(clean.repeat(self.draws).with_pixels(noisy.flatten(0, 1)), draws=self.draws)
+        return Corrupted(clean.repeat(self.draws).with_pixels(_of_each_row(noisy, clean)), draws=self.draws)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,16 +123,16 @@ class CounterfactualImage:
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         if clean.texts is None and clean.input_ids is not None:
             raise ValueError("a counterfactual image needs inputs that model.prepare made")
-        other = model.prepare(
-            self.images,
-            None if clean.texts is None else [piece.text for piece in clean.texts],
-            interpolate_pos_encoding=clean.interpolate_pos_encoding,
-        )
-        if _pixels(other).shape != _pixels(clean).shape:
+        options = {"interpolate_pos_encoding": True} if clean.interpolate_pos_encoding else {}
+        texts = None if clean.texts is None else [piece.text for piece in clean.texts]
+        other = model.prepare(self.images, texts, **options)
+        if _pixels(other).shape != _pixels(clean).shape or other.image_rows != clean.image_rows:
             raise ValueError(
                 f"the counterfactual pixels are {tuple(_pixels(other).shape)}, the clean {tuple(_pixels(clean).shape)}"
             )
-        return Corrupted(clean.with_pixels(_pixels(other)))
+        if [grid.places for grid in other.patch_grid] != [grid.places for grid in clean.patch_grid]:
+            raise ValueError("the counterfactual picture is tiled otherwise than the clean one; give one of its size")
+        return Corrupted(replace(clean, pixel_values=other.pixel_values, image_sizes=other.image_sizes))
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,15 @@ def _draws(
         for row in range(len(like))
     ]
     return torch.stack(noise).to(like.device)
+
+
+def _of_each_row(drawn: Float[Tensor, "b d ..."], clean: VLMInputs) -> Float[Tensor, "_ ..."]:
+    """Draws in the order of ``clean.repeat(d)``: a row's images stay together, draw after draw."""
+    if clean.image_rows is None or len(drawn) != len(clean.image_rows):
+        return drawn.flatten(0, 1)
+    images = [[image for image, own in enumerate(clean.image_rows) if own == row] for row in range(len(clean))]
+    order = [(image, draw) for own in images for draw in range(drawn.shape[1]) for image in own]
+    return torch.stack([drawn[image, draw] for image, draw in order])
 
 
 def _pixels(inputs: VLMInputs) -> Tensor:

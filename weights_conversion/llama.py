@@ -91,7 +91,10 @@ def rotary_config(text: Any, d_head: int) -> RotaryConfig:
     smallest = 4 if kind == "dynamic" else 2
     if d_rotary < smallest or d_rotary % 2 or (d_rotary < d_head and text.model_type != "phi3"):
         raise CheckpointError(f"text_config turns {d_rotary} of a head's {d_head} dimensions, which is not supported")
-    n_ctx, original = text.max_position_embeddings, said.get("original_max_position_embeddings")
+    n_ctx = text.max_position_embeddings
+    # Beside rope_scaling or within: HF's module takes the outer one where both are said.
+    outer = None if kind == "default" else getattr(text, "original_max_position_embeddings", None)
+    original = outer or said.get("original_max_position_embeddings")
     factor = said.get("factor")
     if factor is None:
         if kind not in ("default", "yarn"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,13 @@ def answer(
     device: DeviceOption = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Print a model's answer to a question about a picture."""
+    """Print a model's answer to a question about a picture, as it comes (from beams, when it is found)."""
     hooked = load_model(model, dtype, attention, device, revision)
     inputs = hooked.prepare(image, question or None)
-    typer.echo(hooked.generate(inputs, num_beams=beams, max_new_tokens=max_new_tokens)[0])
+    if beams > 1:
+        typer.echo(hooked.generate(inputs, num_beams=beams, max_new_tokens=max_new_tokens)[0])
+        return
+    for piece in hooked.stream(inputs, max_new_tokens=max_new_tokens):
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()

@@ -30,6 +30,10 @@ def trace(
     corrupt: Annotated[str, typer.Option(help=CORRUPT_HELP)] = "gaussian",
     site: Annotated[list[str] | None, typer.Option(help="resid, attn, cross_attn or mlp; repeat for several.")] = None,
     tower: Annotated[list[str] | None, typer.Option(help="A text tower; repeat for several.")] = None,
+    positions: Annotated[
+        Literal["all", "text", "image"],
+        typer.Option(help="Which positions of a LLaVA: the text's, each patch of the image, or all."),
+    ] = "all",
     window: Annotated[int, typer.Option(help="How many layers are restored together.")] = 1,
     direction: Annotated[
         Literal["denoising", "noising"], typer.Option(help="Restore clean states, or put corrupted ones in.")
@@ -45,11 +49,15 @@ def trace(
     device: DeviceOption = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Causal tracing: which states, put back to their clean value, bring a corrupted answer back."""
+    """Causal tracing: which states, put back to their clean value, bring a corrupted answer back.
+
+    Writes the result (trace.nc) and its figure (trace.png, trace.pdf); of a model that reads the image among its tokens
+    a second one too, over the picture (patches.png, patches.pdf).
+    """
     from hooked_vlm import toys
     from hooked_vlm.experiments import causal_trace
     from hooked_vlm.files import whole_folder
-    from hooked_vlm.plots import causal_trace_figure, save_figure
+    from hooked_vlm.plots import causal_trace_figure, patch_trace_figure, save_figure
     from hooked_vlm.processing import load_image
     from hooked_vlm.results import save
 
@@ -70,6 +78,7 @@ def trace(
             sites=site,
             width=window,
             direction=direction,
+            which=positions,
             all_positions=True,
             progress=True,
         )
@@ -78,6 +87,9 @@ def trace(
             result, metric=metric, images=_images(picture, corruption), title=_title(result, text, corruption)
         )
         save_figure(figure, folder / "trace.png")
+        if "picture" in result.coords:
+            over = patch_trace_figure(result, picture, metric=metric, title=_title(result, text, corruption))
+            save_figure(over, folder / "patches.png")
     _report(result, text, metric, out)
 
 
@@ -169,7 +181,8 @@ def _report(result: xr.Dataset, question: str, metric: str, out: Path) -> None:
         place = (str(cell.tower.values), str(cell.site.values), str(cell.layer.values), str(cell.token.values))
         table.add_row(*place, f"{patched:.4f}", f"{part:.3f}")
     console.print(table)
-    for name in ("trace.png", "trace.pdf", "trace.nc"):
+    figures = ("trace", "patches") if "picture" in result.coords else ("trace",)
+    for name in (*(f"{figure}{ending}" for figure in figures for ending in (".png", ".pdf")), "trace.nc"):
         console.print(str(out / name), soft_wrap=True, highlight=False)
 
 

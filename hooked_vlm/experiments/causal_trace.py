@@ -7,21 +7,20 @@ to its corrupted value in a clean run (noising). What that does to the answer sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption, describe
 from hooked_vlm.edits import Replace, edit_hooks
-from hooked_vlm.experiments.sites import WindowConvention, site_kinds, site_name, window
+from hooked_vlm.experiments.cells import ALL, GROUPS, Cell, Which, as_grid, list_cells, n_layers
+from hooked_vlm.experiments.sites import WindowConvention, site_name, window
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.metrics import LogitDifference, Probability, Together, at, normalized
+from hooked_vlm.metrics import LogitDifference, Probability, Together, at
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.results import provenance
 from hooked_vlm.sweep import sweep
@@ -31,18 +30,6 @@ if TYPE_CHECKING:
 
 Direction = Literal["denoising", "noising"]
 METRICS = ("probability", "logit_difference")
-ALL = -1
-"""The position of a cell that patches all positions of its tower together."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One patch: a kind of state of a tower, at a position, over a window of layers around one."""
-
-    tower: str
-    site: str
-    layer: int
-    position: int
 
 
 @torch.no_grad()
@@ -56,6 +43,7 @@ def causal_trace(
     width: int = 1,
     convention: WindowConvention = "centered",
     direction: Direction = "denoising",
+    which: Which = "all",
     all_positions: bool = False,
     answer: Int[Tensor, " b"] | None = None,
     foil: Int[Tensor, " b"] | None = None,
@@ -68,7 +56,10 @@ def causal_trace(
         sites: by default all that a tower has: ``resid``, ``attn``, ``cross_attn``, ``mlp``.
         width: how many layers are patched together around each; ``convention`` as in :func:`window`.
         direction: ``"denoising"`` or ``"noising"``.
-        all_positions: patch all positions of a tower together, too: position -1, labelled ``(all)``.
+        which: of a tower that reads an image among its tokens (LLaVA), all positions, or only the ``"text"``'s or only
+            the ``"image"``'s.
+        all_positions: patch all positions of a tower together, too: position -1, labelled ``(all)``; and all of the
+            image among them: position -2, ``(image)``.
         answer: the token scored; by default what the clean run finds likeliest.
         foil: the token it is held against; by default the likeliest other one in the corrupted run.
 
@@ -77,7 +68,8 @@ def causal_trace(
         ``logit_difference``: ``patched``; ``effect``, patched less the run that was patched; ``normalized``, 0 as the
         corrupted run and 1 as the clean one (NaN where those two do not differ: counted in ``n_undefined``). Cells
         that a tower or a row does not have are NaN. ``clean`` and ``corrupted`` over ``(metric, sample)``. ``token``
-        labels positions. ``identity`` marks cells that give the source run by construction.
+        labels positions; in LLaVA ``box`` says which part of its ``picture`` a position sees. ``identity`` marks cells
+        that give the source run by construction.
 
     Raises:
         ValueError: a model that predicts no tokens; rows whose last positions differ; an unknown tower or site.
@@ -87,7 +79,7 @@ def causal_trace(
         raise ValueError(f"direction must be 'denoising' or 'noising', not {direction!r}")
     clean = clean.to(model.device)
     corrupted = corruption(model, clean)
-    cells = _cells(model, clean, towers or model.text_towers, sites, all_positions)
+    cells = list_cells(model, clean, towers or model.text_towers, sites, which=which, grouped=all_positions)
 
     clean_logits, clean_cache = _run(model, Corrupted(clean), cells)
     corrupted_logits, corrupted_cache = _run(model, corrupted, cells)
@@ -109,23 +101,27 @@ def causal_trace(
             Replace(
                 site_name(model, cell.tower, cell.site, layer),
                 source,
-                positions=None if cell.position == ALL else cell.position,
+                positions=cell.positions,
             )
-            for layer in _layers(model, cell, width, convention)
+            for layer in window(cell.layer, width, n_layers(model, cell.tower), convention)
         ]
         for cell in cells
     ]
     scores = _mean_draws(sweep(model, run.inputs, patches, metric, base=run.edits, progress=progress), run.draws)
-    result = _dataset(
+    result = as_grid(
         model,
         clean,
         cells,
         scores,
+        metrics=METRICS,
         clean_scores=_mean_draws(metric(_repeat(clean_logits, corrupted.draws)), corrupted.draws),
         corrupted_scores=_mean_draws(metric(corrupted_logits), corrupted.draws),
-        direction=direction,
+        start="corrupted" if direction == "denoising" else "clean",
     )
-    result["identity"] = _identities(model, result, width, convention, image_is_clean=_same_image(clean, corrupted))
+    read_at = len(model.position_labels(clean, model.towers[-1])[0]) - 1
+    result["identity"] = _identities(
+        model, result, width, convention, read_at=read_at, image_is_clean=_same_image(clean, corrupted)
+    )
     result["answer"] = ("sample", model.token_strings(answer))
     result["foil"] = ("sample", model.token_strings(foil))
     return result.assign_attrs(
@@ -151,40 +147,10 @@ def _check(model: HookedVLM, clean: VLMInputs) -> None:
         raise ValueError(f"rows of {tower} differ in length, so their answers are not read at one position")
 
 
-def _cells(
-    model: HookedVLM,
-    clean: VLMInputs,
-    towers: Sequence[str],
-    sites: Sequence[str] | None,
-    all_positions: bool,
-) -> list[Cell]:
-    cells = []
-    for tower in towers:
-        for site in sites or site_kinds(model, tower):
-            site_name(model, tower, site, 0)  # says what is wrong before anything runs
-        n_positions = max(len(labels) for labels in model.position_labels(clean, tower))
-        positions = [*range(n_positions), *([ALL] if all_positions and n_positions > 1 else [])]
-        cells += [
-            Cell(tower, site, layer, position)
-            for site in sites or site_kinds(model, tower)
-            for layer in range(_n_layers(model, tower))
-            for position in positions
-        ]
-    return cells
-
-
 def _run(model: HookedVLM, run: Corrupted, cells: Sequence[Cell]) -> tuple[Tensor, ActivationCache]:
     names = list(dict.fromkeys(site_name(model, cell.tower, cell.site, cell.layer) for cell in cells))
     with model.hooks(edit_hooks(model, run.inputs, run.edits)):
         return model.run_with_cache(run.inputs, names_filter=names)
-
-
-def _layers(model: HookedVLM, cell: Cell, width: int, convention: WindowConvention) -> range:
-    return window(cell.layer, width, _n_layers(model, cell.tower), convention)
-
-
-def _n_layers(model: HookedVLM, tower: str) -> int:
-    return model.get_submodule(tower).config.n_layers  # type: ignore[union-attr, return-value]
 
 
 def _likeliest_other(
@@ -206,89 +172,43 @@ def _mean_draws(scores: Float[Tensor, "*cells rows last"], draws: int) -> Float[
     return reduce(scores, "... (b draws) last -> ... b last", "mean", draws=draws)
 
 
-def _dataset(
-    model: HookedVLM,
-    clean: VLMInputs,
-    cells: Sequence[Cell],
-    scores: Float[Tensor, "cells b metric"],
-    *,
-    clean_scores: Float[Tensor, "b metric"],
-    corrupted_scores: Float[Tensor, "b metric"],
-    direction: Direction,
-) -> xr.Dataset:
-    """Scores by name: cells in a grid, NaN where a row has no such position."""
-    import xarray as xr
-
-    towers, sites = (list(dict.fromkeys(getattr(cell, what) for cell in cells)) for what in ("tower", "site"))
-    n_layers = 1 + max(cell.layer for cell in cells)
-    # ALL, where it is, comes last.
-    positions = sorted({cell.position for cell in cells}, key=lambda position: (position == ALL, position))
-    tokens = np.full((len(clean), len(towers), len(positions)), "", dtype="<U64")
-    for place, tower in enumerate(towers):
-        for row, labels in enumerate(model.position_labels(clean, tower)):
-            tokens[row, place, : len(labels)] = labels
-            if ALL in positions and len(labels) > 1:
-                tokens[row, place, ALL] = "(all)"
-    grid = np.full((len(METRICS), len(clean), len(towers), len(sites), n_layers, len(positions)), np.nan)
-    for cell, values in zip(cells, rearrange(scores, "cells b metric -> cells metric b").double().cpu(), strict=True):
-        place = towers.index(cell.tower)
-        has_position = tokens[:, place, cell.position] != ""
-        grid[:, :, place, sites.index(cell.site), cell.layer, cell.position] = np.where(has_position, values, np.nan)
-
-    dims = ("metric", "sample", "tower", "site", "layer", "position")
-    ends = {
-        name: (dims[:2], rearrange(ends, "b metric -> metric b").double().cpu().numpy())
-        for name, ends in (("clean", clean_scores), ("corrupted", corrupted_scores))
-    }
-    result = xr.Dataset(
-        {"patched": (dims, grid), **ends},
-        coords={
-            "metric": list(METRICS),
-            "sample": np.arange(len(clean)),
-            "tower": towers,
-            "site": sites,
-            "layer": np.arange(n_layers),
-            "position": positions,
-            "token": (("sample", "tower", "position"), tokens),
-        },
-    )
-    start = result.corrupted if direction == "denoising" else result.clean
-    result["effect"] = result.patched - start
-    result["normalized"] = xr.apply_ufunc(_normalized, result.patched, result.clean, result.corrupted)
-    return result.transpose(*dims)
-
-
-def _normalized(patched: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
-    return normalized(*(torch.as_tensor(values) for values in (patched, clean, corrupted))).numpy()
-
-
 def _same_image(clean: VLMInputs, corrupted: Corrupted) -> bool:
     """Whether the corruption lies in the text alone."""
     if corrupted.edits or clean.pixel_values is None or corrupted.inputs.pixel_values is None:
         return False
-    return torch.equal(_repeat(clean.pixel_values, corrupted.draws), corrupted.inputs.pixel_values)
+    repeated = clean.repeat(corrupted.draws).pixel_values
+    assert repeated is not None
+    return torch.equal(repeated, corrupted.inputs.pixel_values)
 
 
 def _identities(
-    model: HookedVLM, result: xr.Dataset, width: int, convention: WindowConvention, *, image_is_clean: bool
+    model: HookedVLM,
+    result: xr.Dataset,
+    width: int,
+    convention: WindowConvention,
+    *,
+    read_at: int,
+    image_is_clean: bool,
 ) -> xr.DataArray:
     """Cells that give the source run whatever the model.
 
-    A tower's last stream is all that is read of it: whole, or where the answer is read. Under a clean image, so is
-    any layer's whole stream in a tower that reads nothing but the image besides.
+    A tower's last stream is all that is read of it: whole, or where the answer is read (``read_at``). Any layer's whole
+    stream is all that later layers read, in a tower that reads no other; and in one that reads only a clean image
+    besides.
     """
     identity = result.patched.isel(metric=0, sample=0, drop=True).isnull() & False
     if "resid" not in result.site.values:
         return identity
     for tower in map(str, result.tower.values):
-        n_layers = _n_layers(model, tower)
-        last = [layer for layer in range(n_layers) if n_layers - 1 in window(layer, width, n_layers, convention)]
-        tokens = result.token.sel(tower=tower).isel(sample=0).values
-        if "(all)" in tokens:
+        layers = n_layers(model, tower)
+        last = [layer for layer in range(layers) if layers - 1 in window(layer, width, layers, convention)]
+        tokens = result.token.sel(tower=tower).isel(sample=0)
+        if GROUPS[ALL] in tokens.values:
+            reads_other = model.get_submodule(tower).config.d_cross is not None  # type: ignore[union-attr]
             reads_image = model.towers[model.towers.index(tower) - 1] == "vision_encoder"
-            whole = range(n_layers) if image_is_clean and reads_image else last
+            stands_alone = not reads_other or (image_is_clean and reads_image)
+            whole = range(layers) if stands_alone else last
             identity.loc[{"tower": tower, "site": "resid", "layer": list(whole), "position": ALL}] = True
-        if tower == model.towers[-1]:
-            read = int((tokens != "").sum()) - 1 - ("(all)" in tokens)
-            identity.loc[{"tower": tower, "site": "resid", "layer": last, "position": read}] = True
+        if tower == model.towers[-1] and read_at in tokens.position:
+            identity.loc[{"tower": tower, "site": "resid", "layer": last, "position": read_at}] = True
     return identity

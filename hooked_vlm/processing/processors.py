@@ -170,11 +170,16 @@ def token_strings(tokenizer: Any, ids: list[int]) -> list[str]:
     ]
 
 
+def labels_of(tokenizer: Any, ids: list[int]) -> list[str]:
+    """:func:`token_strings` that can be seen: a line break as ``\\n``."""
+    return [token.replace("\n", "\\n") for token in token_strings(tokenizer, ids)]
+
+
 def label_tokens(tokenizer: Any, ids: Int[Tensor, "b p"], mask: Int[Tensor, "b p"] | None) -> list[list[str]]:
     """Each position's token, row by row; empty strings for padding."""
     kept = torch.ones_like(ids) if mask is None else mask
     return [
-        [token if keep else "" for token, keep in zip(token_strings(tokenizer, row), keeps, strict=True)]
+        [token if keep else "" for token, keep in zip(labels_of(tokenizer, row), keeps, strict=True)]
         for row, keeps in zip(ids.tolist(), kept.tolist(), strict=True)
     ]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from hooked_vlm.components.mlp import ACTIVATIONS
 from hooked_vlm.config import LlavaConfig, RotaryConfig
-from tests.weights_conversion.layouts import PINPOINTS, TEXT, VISION
+from hooked_vlm.models import MODELS
+from tests.weights_conversion.layouts import PINPOINTS, RESEARCH_CONFIG, TEXT, VISION
 from weights_conversion import CheckpointError, family_of_config, hf_config
 
 LLAVA_1_5: dict[str, Any] = {
@@ -80,6 +83,36 @@ def test_llava_1_5() -> None:
     assert text.gated_mlp
     assert text.softmax_in_float32
     assert vision.softmax_in_float32
+
+
+def parameters_of(config: LlavaConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        return {name: parameter.numel() for name, parameter in MODELS[config.architecture](config).named_parameters()}
+
+
+def test_llava_1_5_at_full_size_has_as_many_parameters_as_hfs() -> None:
+    counts = parameters_of(config_of(LLAVA_1_5))
+    assert (len(counts), sum(counts.values())) == (686, 7_063_427_072)
+
+
+def test_llava_1_5_of_the_research_code_has_as_many_bytes_as_its_index_says() -> None:
+    """``total_size`` of ``liuhaotian/llava-v1.5-7b``: float16, with one float32 tensor of frequencies a layer."""
+    text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    entries = {
+        **RESEARCH_CONFIG,
+        **text,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    entries["companion"] = {"model_type": "clip", "vision_config": LLAVA_1_5["vision_config"]}
+    words = torch.empty(32000, 4096, device="meta")
+    config = family_of_config(entries).config(entries, {"model.embed_tokens.weight": words})
+    counts = parameters_of(config)
+    inside = sum(count for name, count in counts.items() if not name.startswith("vision_encoder."))
+    assert 2 * inside + 32 * 4 * 64 == 13_518_798_848
+    assert config.vision == config_of(LLAVA_1_5).vision
+    assert dataclasses.replace(config.text, d_vocab=32064) == config_of(LLAVA_1_5).text
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,12 @@ load = HookedVLM.from_pretrained
 CASES = [*((kind, False) for kind in KINDS), ("llama", True), ("mistral", True)]
 
 
+LLAMA_3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5},
+    "original_max_position_embeddings": 24,
+}
+
+
 def answer(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(batch) if isinstance(model, HookedVLM) else model(**batch).logits
@@ -111,6 +117,9 @@ def test_the_class_token_among_the_features(tmp_path: Path) -> None:
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {"head_dim": 16, "sliding_window": None}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}),
+        ("mistral", {"rope_parameters": LLAMA_3}),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}}),
         ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}),
         ("phi3", {"sliding_window": 6}),
     ],

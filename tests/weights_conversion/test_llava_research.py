@@ -154,6 +154,7 @@ def test_the_vision_tower_that_is_missing_is_named() -> None:
         ({"mm_vision_select_layer": -9}, "vision_feature_layer is -9"),
         ({"image_aspect_ratio": "anyres"}, "'anyres' with mm_patch_merge_type 'flat' is not supported"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "'pad' with mm_patch_merge_type 'spatial_unpad' is not supported"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "'anyres_max_9' with mm_patch_merge_type 'flat' is not supported"),
         ({**TILED, "image_aspect_ratio": "anyres_max_9"}, "'anyres_max_9' with .* is not supported"),
         ({**TILED, "mm_patch_merge_type": "maxpool2x2"}, "mm_patch_merge_type 'maxpool2x2' is not supported"),
         ({**TILED, "image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is '.1x1"),
