@@ -94,6 +94,10 @@ class HookedModule(nn.Module):
         self.hook_dict = {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
         for name, point in self.hook_dict.items():
             point.name = name
+        for module in self.modules():
+            # Found without nn.Module's slow lookup: as many hook points as there are cost time in every forward.
+            # Assigning another module to the name takes this entry away, as nn.Module does with any.
+            module.__dict__.update(module._modules)
         self._level = 0
 
     @property

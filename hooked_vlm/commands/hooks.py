@@ -59,7 +59,8 @@ def hook_table(model: HookedVLM, *, tower: str | None = None, all_layers: bool =
             continue
         side = counterparts.of(name)
         hf = f"none: {counterparts.reason(name)}" if side is None else str(side)
-        if not all_layers:
+        # Outside blocks a number in HF's name is meant as it is: what the first layer reads, say.
+        if not all_layers and ".blocks." in name:
             hf = _any_layer(hf, "layers?")
         lines[shown] = HookLine(shown, " ".join(point.axes), _sizes(model, point), hf, side is not None)
     return list(lines.values())

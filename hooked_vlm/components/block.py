@@ -46,13 +46,13 @@ class Block(nn.Module):
 
     def _split(self, attn_in: Float[Tensor, "b p d_model"], norm: Norm | None) -> tuple[Split | None, ...]:
         """Each of q, k and v's own per-head copy of what attention reads, where someone looks at it."""
+        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        if not (points[0].is_hooked or points[1].is_hooked or points[2].is_hooked):
+            return ()
+        n_heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         return tuple(
-            self._own_copies(point, n_heads, attn_in, norm) if point.is_hooked else None
-            for point, n_heads in (
-                (self.hook_q_input, self.n_heads),
-                (self.hook_k_input, self.n_kv_heads),
-                (self.hook_v_input, self.n_kv_heads),
-            )
+            self._own_copies(point, n, attn_in, norm) if point.is_hooked else None
+            for point, n in zip(points, n_heads, strict=True)
         )
 
     def _own_copies(

@@ -58,12 +58,11 @@ def rotate(
     x: Float[Tensor, "b h p d_head"], cos: Float[Tensor, "#b p d_rotary"], sin: Float[Tensor, "#b p d_rotary"]
 ) -> Float[Tensor, "b h p d_head"]:
     """Queries or keys, their first d_rotary dimensions turned; the rest passes by."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     d_rotary = cos.shape[-1]
-    turning, rest = x[..., :d_rotary], x[..., d_rotary:]
-    first, second = turning[..., : d_rotary // 2], turning[..., d_rotary // 2 :]
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    if d_rotary < x.shape[-1]:
+        return torch.cat((rotate(x[..., :d_rotary], cos, sin), x[..., d_rotary:]), dim=-1)
+    first, second = x[..., : d_rotary // 2], x[..., d_rotary // 2 :]
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
 def default(config: RotaryConfig) -> Float[Tensor, " pair"]:
