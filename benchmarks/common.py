@@ -9,7 +9,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +19,19 @@ from typing import Any, ClassVar, Literal
 PACKAGES = ("torch", "transformers", "safetensors")
 
 
-UNITS = {"ms": 1e-3, "MiB": 2.0**20}
+UNITS = {"ms": 1e-3, "MiB": 2.0**20, "tok/s": 1.0}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two things measured in turn, pair by pair, in seconds or bytes; shown in ``unit``."""
+    """Two things measured in turn, pair by pair, in seconds, bytes or tokens a second; shown in ``unit``."""
 
     what: str
     against: str
     values: tuple[float, ...]
     reference_values: tuple[float, ...]
     goal: float | None = None
-    unit: Literal["ms", "MiB"] = "ms"
+    unit: Literal["ms", "MiB", "tok/s"] = "ms"
 
     columns: ClassVar[tuple[str, ...]] = ("", "against", "this", "that", "ratio", "middle half", "goal")
 
@@ -41,19 +42,52 @@ class Comparison:
 
     def row(self) -> tuple[str, ...]:
         low, middle, high = self.ratios
+        digits = 3 if middle >= 0.01 else 5
         medians = (statistics.median(values) / UNITS[self.unit] for values in (self.values, self.reference_values))
         return (
             self.what,
             self.against,
             *(f"{value:.{0 if value >= 100 else 1}f} {self.unit}" for value in medians),
-            f"{middle:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            "" if self.goal is None else f"{self.goal:g}",
+            f"{middle:.{digits}f}",
+            f"{low:.{digits}f} to {high:.{digits}f}",
+            "" if self.goal is None else f"{self.goal:.3g}",
         )
 
     def record(self) -> dict[str, Any]:
         low, middle, high = self.ratios
         return {**asdict(self), "ratio": middle, "ratio_quartiles": [low, high]}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How time is taken: on how many threads (None: all), by which clock."""
+
+    threads: int | None
+    clock: Callable[[], float]
+
+    @contextmanager
+    def threaded(self) -> Iterator[None]:
+        """On its threads."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+WALL = Timing(None, time.perf_counter)
+# Small models are measured for their Python: a pool of threads, or who else uses the machine, is noise.
+ONE_THREAD = Timing(1, time.process_time)
+ONE_THREAD_HELP = "large sizes too by CPU time on one thread, for a machine that does other work"
+
+
+def timing_note(walled: Sequence[str]) -> str:
+    """The line that says which sizes were measured how."""
+    others = "other sizes" if walled else "all sizes"
+    return f"{', '.join(walled)}: wall time, all threads; " * bool(walled) + f"{others}: CPU time, one thread."
 
 
 def compare(

@@ -1,58 +1,73 @@
-"""What a forward costs: against HF's, with a hook, with a full cache, and with fused attention.
+"""What a forward costs: against HF's, with a hook, with a cache, and with fused attention.
 
-``python -m benchmarks.forward [--size vqa-base small tiny] [--repeats N] [--batch N] [--json FILE]``
+``python -m benchmarks.forward [--size vqa-base ... llava] [--batch N] [--one-thread] [--repeats N] [--json FILE]``
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.common import Comparison, compare, parser, report, seconds
-from benchmarks.models import SMALL, TINY, VQA_BASE, Size
+from benchmarks.common import (
+    ONE_THREAD,
+    ONE_THREAD_HELP,
+    WALL,
+    Comparison,
+    Timing,
+    compare,
+    parser,
+    report,
+    seconds,
+    timing_note,
+)
+from benchmarks.models import SIZES, BlipSize, Size
 from hooked_vlm import HookedVLM, HookPoint, VLMInputs
-
-HOOKED = "question_encoder.blocks.3.hook_mlp_out"
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a size is measured, and what is wanted of it."""
 
-    size: Size
-    threads: int | None
-    clock: Callable[[], float]
+    timing: Timing
     calls: int
     forward_goal: float
     cache_goal: float | None = None
 
 
+LARGE = Setting(WALL, 1, forward_goal=1.02, cache_goal=1.3)
+SMALL = Setting(ONE_THREAD, 8, forward_goal=1.15)
+
 SETTINGS = {
-    "vqa-base": Setting(VQA_BASE, None, time.perf_counter, 1, forward_goal=1.02, cache_goal=1.3),
-    # Small models are measured for their Python: a pool of threads, or who else uses the machine, is noise.
-    "small": Setting(SMALL, 1, time.process_time, 8, forward_goal=1.15),
-    "tiny": Setting(TINY, 1, time.process_time, 8, forward_goal=1.15),
+    "vqa-base": LARGE,
+    "small": SMALL,
+    "tiny": SMALL,
+    "llava": LARGE,
+    "llava-small": SMALL,
+    "llava-tiny": SMALL,
 }
 
 
 def main() -> None:
     """Measure the sizes asked for, and print one table."""
     options = parser("Forward passes, side by side.", repeats=15)
-    options.add_argument("--size", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    blips = [name for name in SETTINGS if isinstance(SIZES[name], BlipSize)]
+    options.add_argument("--size", nargs="+", choices=list(SETTINGS), default=blips, help="by default BLIP's")
     options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--one-thread", action="store_true", help=ONE_THREAD_HELP)
     chosen = options.parse_args()
-    threads = torch.get_num_threads()
     found: dict[str, list[Comparison]] = {}
     for name in chosen.size:
-        setting = SETTINGS[name]
-        torch.set_num_threads(setting.threads or threads)
-        found[name] = list(comparisons(setting, chosen.batch, chosen.repeats))
-    torch.set_num_threads(threads)
+        setting, size = SETTINGS[name], SIZES[name]
+        if chosen.one_thread:
+            setting = replace(setting, timing=ONE_THREAD)
+        rows = blip_comparisons if isinstance(size, BlipSize) else llava_comparisons
+        with setting.timing.threaded():
+            found[name] = list(rows(Sides(size, setting, chosen.batch, chosen.repeats)))
     report(
         f"Forward, batch of {chosen.batch}, float32, no gradients",
         ("size", *Comparison.columns),
@@ -60,55 +75,94 @@ def main() -> None:
         [{"size": name, **comparison.record()} for name, rows in found.items() for comparison in rows],
         [
             "Before anything was timed, logits were bit-equal to HF's, with and without a cache.",
-            "vqa-base: wall time, all threads; small, tiny: CPU time, one thread.",
+            timing_note([] if chosen.one_thread else ["vqa-base", "llava"]),
         ],
         chosen.json,
     )
 
 
+class Sides:
+    """HF's model of a size, its inputs, and how runs of it and of ours over it are measured."""
+
+    def __init__(self, size: Size, setting: Setting, batch: int, repeats: int) -> None:
+        self.size, self.setting, self.repeats = size, setting, repeats
+        self.hf_model, self.tensors = size.hf_model(), size.inputs(batch)
+        self.inputs = VLMInputs.of(self.tensors)
+
+    def against_hf(self, what: str, model: HookedVLM, cached: str | None = None) -> Comparison:
+        """Our forward against HF's, once their logits are known to be equal. ``cached``: the names in the cache."""
+        expected = self.size.logits(self.hf_model, self.tensors)
+        for run, call in (("forward", self.plain(model)), ("run_with_cache", self.cache(model, cached))):
+            if not torch.equal(logits := call(), expected):
+                difference = (logits - expected).abs().max()
+                raise SystemExit(f"{run} does not give HF's logits ({what}): off by up to {difference:.1e}")
+        theirs = partial(self.hf_model, **self.tensors)
+        return self.compare(what, self.plain(model), "HF's", theirs, self.setting.forward_goal)
+
+    def compare(
+        self,
+        what: str,
+        call: Callable[[], object],
+        reference: str,
+        reference_call: Callable[[], object],
+        goal: float | None = None,
+    ) -> Comparison:
+        """Time two calls side by side."""
+        calls, clock = self.setting.calls, self.setting.timing.clock
+        measure, measure_reference = (partial(seconds, one, calls, clock) for one in (call, reference_call))
+        return compare(what, measure, reference, measure_reference, repeats=self.repeats, goal=goal)
+
+    def plain(self, model: HookedVLM) -> Callable[[], Tensor]:
+        return lambda: model(self.inputs)
+
+    def cache(self, model: HookedVLM, names: str | None = None) -> Callable[[], Tensor]:
+        """A run whose cache is dropped with the call."""
+        return lambda: model.run_with_cache(self.inputs, names_filter=names)[0]
+
+    def cache_size(self, model: HookedVLM, names: str | None = None) -> str:
+        cache = model.run_with_cache(self.inputs, names_filter=names)[1]
+        return f"{len(cache)} names, {cache.nbytes / 2**20:.0f} MiB"
+
+    def hooked(self, model: HookedVLM) -> Callable[[], Tensor]:
+        """A run with one hook, which reads and returns nothing."""
+
+        def look(activation: Tensor, hook: HookPoint) -> None:
+            hook.ctx["mean"] = activation.mean()
+
+        return lambda: model.run_with_hooks(self.inputs, fwd_hooks=[(self.size.hooked, look)])
+
+
 @torch.no_grad()
-def comparisons(setting: Setting, batch: int, repeats: int) -> Iterator[Comparison]:
-    """The rows of one size, each measured when it is asked for."""
-    hf_model, tensors = setting.size.hf_model(), setting.size.inputs(batch)
-    model, inputs = HookedVLM.from_hf(hf_model), VLMInputs.of(tensors)
-    check_equal(hf_model, model, tensors)
-    fused = HookedVLM.from_hf(hf_model, attention="sdpa")
-
-    def timed(call: Callable[[], object]) -> Callable[[], float]:
-        return partial(seconds, call, setting.calls, setting.clock)
-
-    plain = timed(lambda: model(inputs))
-    against_plain = partial(compare, reference="forward", measure_reference=plain, repeats=repeats)
-    theirs = timed(lambda: hf_model(**tensors))
-    cached = model.run_with_cache(inputs)[1]
-    full_cache = f"full cache ({len(cached)} names, {cached.nbytes / 2**20:.0f} MiB)"
-    del cached
-    yield compare("forward", plain, "HF's", theirs, repeats=repeats, goal=setting.forward_goal)
-    yield against_plain("forward with one hook", timed(lambda: hooked(model, inputs)))
-    yield against_plain(full_cache, timed(lambda: model.run_with_cache(inputs)), goal=setting.cache_goal)
-    yield against_plain("forward, sdpa", timed(lambda: fused(inputs)))
+def blip_comparisons(sides: Sides) -> Iterator[Comparison]:
+    """The rows of a BLIP, each measured when it is asked for."""
+    model, fused = (HookedVLM.from_hf(sides.hf_model, attention=attention) for attention in ("eager", "sdpa"))
+    yield sides.against_hf("forward", model)
+    yield sides.compare("forward with one hook", sides.hooked(model), "forward", sides.plain(model))
+    full = f"full cache ({sides.cache_size(model)})"
+    yield sides.compare(full, sides.cache(model), "forward", sides.plain(model), sides.setting.cache_goal)
+    yield sides.compare("forward, sdpa", sides.plain(fused), "forward", sides.plain(model))
 
 
-def hooked(model: HookedVLM, inputs: VLMInputs) -> Tensor:
-    """A run with one hook, which reads and returns nothing."""
-
-    def look(activation: Tensor, hook: HookPoint) -> None:
-        hook.ctx["mean"] = activation.mean()
-
-    return model.run_with_hooks(inputs, fwd_hooks=[(HOOKED, look)])
-
-
-def check_equal(hf_model: nn.Module, model: HookedVLM, tensors: dict[str, Tensor]) -> None:
-    """Compare logits; HF's forward for question answering computes them and does not return them."""
-    seen: list[Tensor] = []
-    decoder = hf_model.get_submodule("text_decoder")
-    handle = decoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output.logits))
-    hf_model(**tensors)
-    handle.remove()
-    inputs = VLMInputs.of(tensors)
-    for what, logits in (("forward", model(inputs)), ("run_with_cache", model.run_with_cache(inputs)[0])):
-        if not torch.equal(logits, seen[0]):
-            raise SystemExit(f"{what} does not give HF's logits: off by up to {(logits - seen[0]).abs().max():.1e}")
+@torch.no_grad()
+def llava_comparisons(sides: Sides) -> Iterator[Comparison]:
+    """The rows of a LLaVA. HF runs CLIP's last layer, which LLaVA does not read, and ours does not."""
+    config: Any = sides.hf_model.config
+    residuals = "*hook_resid_*"
+    models: dict[str, HookedVLM] = {}
+    for attention in ("sdpa", "eager"):
+        sides.hf_model.set_attn_implementation(attention)
+        for layer, read in ((config.vision_feature_layer, ""), (-1, ", CLIP read at its end")):
+            before, config.vision_feature_layer = config.vision_feature_layer, layer
+            models[attention + read] = HookedVLM.from_hf(sides.hf_model, attention=attention)
+            yield sides.against_hf(f"forward, {attention}{read}", models[attention + read], residuals)
+            config.vision_feature_layer = before
+    model = models["sdpa"]
+    yield sides.compare("forward with one hook, sdpa", sides.hooked(model), "forward", sides.plain(model))
+    for what, names in (("LLaMA's residuals", f"language_model.{residuals}"), ("all residuals", residuals)):
+        cached = f"{what} cached, sdpa ({sides.cache_size(model, names)})"
+        goal = sides.setting.cache_goal
+        yield sides.compare(cached, sides.cache(model, names), "forward", sides.plain(model), goal)
+    yield sides.compare("forward, eager", sides.plain(models["eager"]), "forward, sdpa", sides.plain(model))
 
 
 if __name__ == "__main__":

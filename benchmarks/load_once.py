@@ -5,59 +5,80 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.models import SIZES
+from benchmarks.models import SIZES, LlavaSize, Size
 
 Load = Callable[[str], Any]
-Run = Callable[[Any, dict[str, Any]], Any]
+Answer = Callable[[Any, dict[str, Tensor]], Tensor | None]
 
 
 def main() -> None:
     """Write a checkpoint, or load one and run it once, each step on command."""
-    action, size, folder = sys.argv[1:]
+    action, name, folder = sys.argv[1:]
     disable_progress_bar()
+    size = SIZES[name]
     if action == "write":
-        SIZES[size].hf_model().save_pretrained(folder)
+        size.write(Path(folder))
         return
-    load, run = {"ours": ours, "hf": theirs}[action]()
+    load, answer = {"ours": ours, "hf": theirs}[action](size)
     model = step(lambda: load(folder))
-    inputs = SIZES[size].inputs()
+    inputs = size.inputs()
     with torch.no_grad():
-        step(lambda: run(model, inputs))
+        step(lambda: answer(model, inputs))
 
 
-def ours() -> tuple[Load, Run]:
+def ours(size: Size) -> tuple[Load, Answer]:
     """How we load and run; all that it needs is imported."""
-    # Loading imports these when it is called.
-    from transformers import BlipConfig  # noqa: F401
-
     import hooked_vlm.loading  # noqa: F401
     from hooked_vlm import HookedVLM
 
-    return HookedVLM.from_pretrained, lambda model, inputs: model(inputs)
+    # Loading imports the config's classes when it is called.
+    assert size.config
+    return HookedVLM.from_pretrained, looked_at if isinstance(size, LlavaSize) else lambda model, inputs: model(inputs)
 
 
-def theirs() -> tuple[Load, Run]:
+def looked_at(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """A run that keeps the language model's residuals at the last position."""
+    logits, cache = model.run_with_cache(
+        inputs,
+        names_filter=lambda name: name.startswith("language_model") and name.endswith("hook_resid_post"),
+        pos_slice=-1,
+    )
+    assert all(activation.isfinite().all() for activation in cache.values())
+    return logits
+
+
+def theirs(size: Size) -> tuple[Load, Answer]:
     """How HF does."""
-    from transformers import BlipForQuestionAnswering
-
-    return BlipForQuestionAnswering.from_pretrained, lambda model, inputs: model(**inputs)
+    return size.hf_class.from_pretrained, lambda model, inputs: getattr(model(**inputs), "logits", None)
 
 
 def step(call: Callable[[], Any]) -> Any:
-    """Say that all is ready, wait for a line, call, and print the seconds that it took."""
+    """Say that all is ready, wait for a line, call, and print the seconds that it took, and what shape came of it.
+
+    Without a line there is nothing more to do.
+    """
     print("ready", flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit()
+    # What was imported is not the step's to search for garbage.
+    gc.collect()
+    gc.freeze()
     start = time.perf_counter()
     result = call()
-    print(time.perf_counter() - start, flush=True)
+    taken = time.perf_counter() - start
+    print(json.dumps({"seconds": taken, "shape": list(getattr(result, "shape", ()))}), flush=True)
     return result
 
 

@@ -6,6 +6,7 @@ random is drawn once, from a seed, and held: every cell of a grid sees the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -60,7 +61,8 @@ class AdditiveGaussian:
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         activation = _activation(model, clean, self.site)
         noise = self.std * _unit(activation) * _draws(self, activation)
-        return Corrupted(clean.repeat(self.draws), (Add(self.site, _of_each_row(noise, clean)),), self.draws)
+        owners = _owners(model, clean, self.site, len(activation))
+        return Corrupted(clean.repeat(self.draws), (Add(self.site, _in_order(noise, owners)),), self.draws)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class MultiplicativeGaussian:
     site: str = IMAGE_EMBEDDINGS
 
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
-        factors = self.mean + self.std * _draws(self, _activation(model, clean, self.site))
-        return Corrupted(clean.repeat(self.draws), (Scale(self.site, _of_each_row(factors, clean)),), self.draws)
+        activation = _activation(model, clean, self.site)
+        factors = self.mean + self.std * _draws(self, activation)
+        owners = _owners(model, clean, self.site, len(activation))
+        return Corrupted(clean.repeat(self.draws), (Scale(self.site, _in_order(factors, owners)),), self.draws)
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,11 @@ class PixelNoise:
 
     def __call__(self, model: HookedVLM, clean: VLMInputs) -> Corrupted:
         pixels = _pixels(clean)
-        noisy = pixels[:, None] + (self.std * _unit(pixels) * _draws(self, pixels)).to(pixels)
-        return Corrupted(clean.repeat(self.draws).with_pixels(_of_each_row(noisy, clean)), draws=self.draws)
+        units = torch.cat([_unit(_without_empty_tiles(picture)[None]).flatten() for picture in pixels])
+        unit = units.view(-1, *[1] * pixels.ndim)
+        noisy = pixels[:, None] + (self.std * unit * _draws(self, pixels)).to(pixels)
+        noisy = _in_order(noisy, _image_owners(clean))
+        return Corrupted(clean.repeat(self.draws).with_pixels(noisy), draws=self.draws)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,13 +205,32 @@ def _draws(
     return torch.stack(noise).to(like.device)
 
 
-def _of_each_row(drawn: Float[Tensor, "b d ..."], clean: VLMInputs) -> Float[Tensor, "_ ..."]:
+def _owners(model: HookedVLM, clean: VLMInputs, site: str, count: int) -> Sequence[int]:
+    """The row that each entry of an activation belongs to: where images are seen it has one an image, or a tile."""
+    if clean.pixel_values is None or site.startswith(f"{model.towers[-1]}."):
+        return range(count)
+    images = _image_owners(clean)
+    if len(images) == count:
+        return images
+    tiles = {row: len(_activation(model, clean.rows([row]), site)) for row in dict.fromkeys(images)}
+    return [row for row, own in tiles.items() for _ in range(own)]
+
+
+def _image_owners(clean: VLMInputs) -> Sequence[int]:
+    """The row that each image belongs to."""
+    return range(len(_pixels(clean))) if clean.image_rows is None else clean.image_rows
+
+
+def _in_order(drawn: Float[Tensor, "n d ..."], owners: Sequence[int]) -> Float[Tensor, "_ ..."]:
     """Draws in the order of ``clean.repeat(d)``: a row's images stay together, draw after draw."""
-    if clean.image_rows is None or len(drawn) != len(clean.image_rows):
-        return drawn.flatten(0, 1)
-    images = [[image for image, own in enumerate(clean.image_rows) if own == row] for row in range(len(clean))]
-    order = [(image, draw) for own in images for draw in range(drawn.shape[1]) for image in own]
-    return torch.stack([drawn[image, draw] for image, draw in order])
+    groups = [[place for place, own in enumerate(owners) if own == row] for row in dict.fromkeys(owners)]
+    order = [(place, draw) for own in groups for draw in range(drawn.shape[1]) for place in own]
+    return torch.stack([drawn[place, draw] for place, draw in order])
+
+
+def _without_empty_tiles(picture: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A picture without the zeros that make it as many tiles as the batch's largest has."""
+    return picture if picture.ndim == 3 else picture[picture.flatten(1).any(1)]
 
 
 def _pixels(inputs: VLMInputs) -> Tensor:

@@ -43,7 +43,8 @@ class Edit(ABC):
     """Something that is done to the activation at ``site``, a hook name or a pattern of hook names.
 
     Attributes:
-        positions: along the position axis (for scores and patterns, the query axis); None for all.
+        positions: along the position axis (for scores and patterns, the query axis); None for all. In a generation
+            they count from the prompt's first, so that a step that reads none of them is not edited.
         heads: along the head axis; None for all.
         neurons: along the last axis; None for all.
     """
@@ -57,17 +58,24 @@ class Edit(ABC):
     def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
         """What takes the place of the selected part; broadcasts against the activation."""
 
-    def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Tensor:
-        """The activation with the selected part edited. The given tensor is not written to."""
+    def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs, n_known: int = 0) -> Tensor:
+        """The activation with the selected part edited. The given tensor is not written to.
+
+        ``n_known``: how many positions came before the activation's first, in a generation.
+        """
+        selected = self._selected(activation, hook, inputs, n_known)
+        if n_known > 0 and not bool(selected.any()):
+            return activation
         value = self._fitted(self.value(activation, hook), activation, hook)
-        return torch.where(self._selected(activation, hook, inputs), value, activation)
+        return torch.where(selected, value, activation)
 
     def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
         """The hooks that carry the edit out; each notes in ``fired`` that it did."""
 
         def run(activation: Tensor, hook: HookPoint) -> Tensor:
             fired.add(hook.name)
-            return self.apply(activation, hook, inputs)
+            tower = model.get_submodule(hook.tower) if hook.tower in model.towers else None
+            return self.apply(activation, hook, inputs, getattr(tower, "n_known", 0))
 
         names = match_names(self.site, model.hook_names)
         for name in names:
@@ -97,14 +105,16 @@ class Edit(ABC):
                 f"activation's {tuple(activation.shape)}"
             ) from None
 
-    def _selected(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs) -> Bool[Tensor, "..."]:
+    def _selected(
+        self, activation: Tensor, hook: HookPoint, inputs: VLMInputs, n_known: int = 0
+    ) -> Bool[Tensor, "..."]:
         selected = torch.ones((1,) * activation.ndim, dtype=torch.bool, device=activation.device)
         for indices, axis, what in ((self.heads, "h", "heads"), (self.neurons, hook.axes[-1], "neurons")):
             if indices is not None:
                 selected = selected & self._along(indices, axis, what, activation, hook)
         for positions, axis in self._places(hook):
             if positions is not None:
-                rows = position_mask(positions, activation, hook, axis, inputs)
+                rows = position_mask(positions, activation, hook, axis, inputs, n_known)
                 selected = selected & _spread(rows, hook.axes, axis)
         return selected
 
@@ -290,28 +300,35 @@ def gaussian(shape: Sequence[int], *key: int | str) -> Float[Tensor, "..."]:
 
 
 def position_mask(
-    positions: Positions, activation: Tensor, hook: HookPoint, axis: str, inputs: VLMInputs
+    positions: Positions, activation: Tensor, hook: HookPoint, axis: str, inputs: VLMInputs, n_known: int = 0
 ) -> Bool[Tensor, "#b n"]:
     """Which positions of an axis are meant, for all rows or for each.
+
+    ``n_known`` positions came before the activation's first, in a generation; keys are all there, earlier ones too.
 
     Raises:
         EditError: positions out of range, or for other rows than the activation's.
     """
     if axis not in hook.axes:
         raise EditError(f"{hook.name} has no positions: its axes are {' '.join(hook.axes)}")
-    size = activation.shape[hook.axes.index(axis)]
+    before = 0 if axis == "k" else n_known
+    size = before + activation.shape[hook.axes.index(axis)]
     if isinstance(positions, str):
         positions = inputs.positions(positions)
     if isinstance(positions, Span):
         mask = torch.stack([_index_mask(row, size, "positions", hook.name) for row in positions.rows])
     elif isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 2:
-        mask = torch.stack([_index_mask(row, size, "positions", hook.name) for row in positions])
+        mask = torch.stack(
+            [_index_mask(_longer(row, size, n_known), size, "positions", hook.name) for row in positions]
+        )
     else:
         assert positions is not None
-        mask = _index_mask(positions, size, "positions", hook.name)[None]
+        mask = _index_mask(_longer(positions, size, n_known), size, "positions", hook.name)[None]
+    if n_known > 0 and len(activation) % len(mask) == 0:
+        mask = mask.repeat_interleave(len(activation) // len(mask), dim=0)  # each row's beams stand together
     if len(mask) not in (1, len(activation)):
         raise EditError(f"positions of {len(mask)} rows at {hook.name}, whose batch has {len(activation)}")
-    return mask.to(activation.device)
+    return mask[:, before:].to(activation.device)
 
 
 def _positions_of(hook: HookPoint, axis: str, towers: Sequence[str]) -> str | None:
@@ -320,6 +337,13 @@ def _positions_of(hook: HookPoint, axis: str, towers: Sequence[str]) -> str | No
         return None
     reads_other = ".cross_attn." in hook.name and (axis == "k" or hook.name.endswith(("hook_k", "hook_v")))
     return towers[towers.index(hook.tower) - reads_other]
+
+
+def _longer(positions: Any, size: int, n_known: int) -> Any:
+    """A mask of a prompt's positions, for the longer sequence that a generation has made of it."""
+    if n_known > 0 and isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 1:
+        return torch.nn.functional.pad(positions, (0, max(0, size - len(positions))))
+    return positions
 
 
 def _index_mask(indices: Indices, size: int, what: str, name: str) -> Bool[Tensor, " n"]:

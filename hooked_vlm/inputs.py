@@ -290,15 +290,21 @@ class VLMInputs:
 
         if not self.patch_grid:
             raise SpanError("these inputs do not know their patches; make them with model.prepare")
-        regions: list[Any] = [region] * len(self) if is_region(region) else list(region)
-        if len(regions) != len(self):
-            raise SpanError(f"{len(regions)} regions for {len(self)} rows")
+        own = self.patch_grid[0].tower
+        known = list(dict.fromkeys([own, "vision_encoder", *(["projector"] if own == "language_model" else [])]))
+        if tower is not None and tower not in known:
+            raise SpanError(f"no picture's patches are in {tower!r}; they are in {', '.join(known)}")
+        # CLIP's pictures are rows of their own, and need not be as many as its texts.
+        n_rows, rows = (len(self), "rows") if own == self.text_tower else (len(self.patch_grid), "pictures")
+        regions: list[Any] = [region] * n_rows if is_region(region) else list(region)
+        if len(regions) != n_rows:
+            raise SpanError(f"{len(regions)} regions for {n_rows} {rows}")
         found: list[tuple[int, ...]] = []
         for row, one in enumerate(regions):
             grids = [grid for grid in self.patch_grid if grid.row == row]
-            if image >= len(grids):
+            if image not in range(len(grids)):
                 raise SpanError(f"row {row} has {len(grids)} pictures, so there is no picture {image}")
-            if tower in (None, grids[image].tower):
+            if tower in (None, own):
                 found.append(grids[image].positions_in(one, min_overlap=min_overlap))
                 continue
             first = 0 if tower == "projector" and not grids[image].has_class_token else 1
@@ -307,7 +313,7 @@ class VLMInputs:
                 for grid in grids
                 for tile in range(len(grid.views))
             ]
-        return Span(tower or self.patch_grid[0].tower, tuple(found))
+        return Span(tower or own, tuple(found))
 
 
 def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hooked_vlm import toys
-from hooked_vlm.components import Block
+from hooked_vlm.components.weights import is_int8
 from hooked_vlm.config import BlipConfig, ModelConfig
 from hooked_vlm.files import whole_folder
 from hooked_vlm.models import MODELS, HookedVLM
+from hooked_vlm.placement import DeviceMap, Keep, fill_and_place, kept
 from hooked_vlm.processing import has_processor
+from hooked_vlm.quantization import in_int8
 from weights_conversion import (
     Checkpoint,
     CheckpointError,
@@ -28,9 +31,6 @@ from weights_conversion import (
     one_dtype,
     open_checkpoint,
 )
-
-DeviceMap = str | dict[str, int | str | torch.device]
-"""accelerate's: ``"auto"`` and its like, or a device (``"disk"`` too) for each part by name."""
 
 PROCESSOR_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 SAFETENSORS_FILES = ["*.safetensors", "*.safetensors.index.json"]
@@ -45,6 +45,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
+    quantization: str | None = None,
     processor: Any = None,
     vision_tower: str | Path | None = None,
     token: str | bool | None = None,
@@ -55,6 +56,10 @@ def load_pretrained(
     """What :meth:`HookedVLM.from_pretrained` does; ``choices`` are its model options."""
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
+    if quantization not in (None, "int8"):
+        raise ValueError(f"quantization must be 'int8' or None, not {quantization!r}")
+    if quantization is not None and device_map is not None:
+        raise ValueError("a quantised model is in one place: give device, not device_map")
     path = resolve(name_or_path, revision, token, cache_dir, local_files_only)
     checkpoint = open_checkpoint(path)
     family = family_of_config(checkpoint.config) if checkpoint.config else family_of_state(checkpoint.state)
@@ -74,9 +79,16 @@ def load_pretrained(
     )
     rules = family.rules(config)
     dtype = _checked_dtype(dtype) or _written_dtype(checkpoint, rules)
-    model = _build(config, checkpoint.state, rules, source=str(path), dtype=dtype, device=device)
+
+    def convert(_: str, tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype)
+
+    model = _empty(config)
+    fill = partial(_fill, model, checkpoint.state, rules, str(path))
     if device_map is not None:
-        dispatch(model, device_map, offload_folder)
+        fill_and_place(model, device_map, fill, dtype=dtype, offload_folder=offload_folder)
+    else:
+        fill(in_int8(model, convert) if quantization else convert)
     if isinstance(processor, (str, Path)):
         processor = resolve(processor, None, token, cache_dir, local_files_only, weights=False)
     model._processor = processor or (path if path.is_dir() else None)
@@ -97,7 +109,8 @@ def load_hf_model(hf_model: nn.Module, *, processor: Any = None, **choices: Any)
         name_or_path=str(getattr(hf_model, "name_or_path", "")),
         revision=getattr(hf_model.config, "_commit_hash", None) or "",
     )
-    model = _build(config, state, family.rules(config), source=f"the {type(hf_model).__name__} given")
+    model = _empty(config)
+    _fill(model, state, family.rules(config), f"the {type(hf_model).__name__} given", lambda _, tensor: tensor)
     model._processor = processor
     return model
 
@@ -111,9 +124,13 @@ def save_hf(model: HookedVLM, folder: Path) -> None:
     rules = family.rules(model.config)
     state = {}
     for name, parameter in model.named_parameters():
+        if is_int8(parameter):
+            raise ValueError(
+                f"{name} is in int8, which is not saved: load the model without quantization, and save that"
+            )
         key = rules.key(name)
         assert key is not None, f"no rule writes {name}"
-        state[key] = rules.to_key(name, parameter.detach())
+        state[key] = rules.to_key(name, kept(parameter))
     written = {**family.hf_config(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
     written.pop("torch_dtype", None)
     # An older save's shards would be read with, or instead of, the new ones.
@@ -122,29 +139,6 @@ def save_hf(model: HookedVLM, folder: Path) -> None:
         (temporary / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
         if model._processor is not None and has_processor(model._processor):
             model.processor.save_pretrained(temporary)
-
-
-def dispatch(model: HookedVLM, device_map: DeviceMap, offload_folder: str | Path | None = None) -> None:
-    """Put the parts of a model on several devices, or offload them to CPU or disk, through accelerate.
-
-    Raises:
-        ImportError: accelerate is not installed.
-        ValueError: parts on disk without a folder to keep them in; a part that the model does not have.
-    """
-    try:
-        from accelerate import dispatch_model, infer_auto_device_map
-    except ImportError as error:
-        raise ImportError("device_map needs accelerate: pip install 'hooked-vlm[accelerate]'") from error
-    whole = sorted({type(module).__name__ for module in model.modules() if isinstance(module, Block)})
-    if isinstance(device_map, str):
-        device_map = dict(infer_auto_device_map(model, no_split_module_classes=whole))
-    unknown = [name for name in device_map if name and name not in dict(model.named_modules())]
-    if unknown:
-        raise ValueError(f"device_map names parts that the model does not have: {', '.join(unknown)}")
-    if "disk" in device_map.values() and offload_folder is None:
-        raise ValueError("device_map puts parts on disk: say where with offload_folder=")
-    # A block reads its parts' weights itself (W_O for hook_result), so it is fetched whole.
-    dispatch_model(model, device_map, offload_dir=offload_folder, preload_module_classes=whole, force_hooks=True)
 
 
 def resolve(
@@ -270,30 +264,25 @@ class Undrawn(TorchFunctionMode):
         return kwargs["tensor"] if draws else func(*args, **kwargs)
 
 
-def _build(
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    rules: Rules,
-    *,
-    source: str,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> HookedVLM:
-    """The model on no device, then each tensor of ``state`` in its parameter's place."""
+def _empty(config: ModelConfig) -> HookedVLM:
+    """The model on no device."""
     with torch.device("meta"), Undrawn():
-        model = MODELS[config.architecture](config)
+        return MODELS[config.architecture](config).eval()
+
+
+def _fill(model: HookedVLM, state: Mapping[str, Tensor], rules: Rules, source: str, keep: Keep) -> None:
+    """Each tensor of ``state`` in its parameter's place, as ``keep`` keeps it."""
     keys = _matched_keys(model, state, rules, source)
     parameters: dict[str, nn.Parameter] = {}
     for name, key in keys.items():
         tensor = state[key]
         if not tensor.is_floating_point():
             raise CheckpointError(f"{key} in {source} is {tensor.dtype}, not a floating-point tensor")
-        viewed = rules.to_parameter(key, tensor.to(device=device, dtype=dtype))
-        parameters[name] = viewed if isinstance(viewed, nn.Parameter) else nn.Parameter(viewed.detach())
+        tensor = keep(name, rules.to_parameter(key, tensor))
+        parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
     for name, first in _first_names(model).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameters[first])
-    return model.eval()
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,10 @@ COLOR_MAPS = {"resid": "Purples", "attn": "Greens", "cross_attn": "Oranges", "ml
 Quantity = Literal["patched", "effect", "normalized"]
 RowHeight = 0.27
 """Inches of one token's row."""
+TitleSize, TitleTop, TitleLine = 10, 0.12, 0.17
+"""Of a figure's title: points, inches above it, inches a line."""
+LONGEST_LABEL, LONGEST_ANSWER = 24, 12
+"""Letters of a token beside a row, and above a color bar."""
 
 
 def causal_trace_figure(
@@ -40,42 +45,55 @@ def causal_trace_figure(
 ) -> Figure:
     """Heatmaps as in Palit et al. 2023: tokens down, layers across, one panel a site, one row of panels a tower.
 
-    Positions of single patches are left to :func:`patch_trace_figure`. ``quantity="patched"`` shows the metric itself, on a scale from the corrupted to the clean run. Hatched cells give
-    the source run by construction.
+    ``quantity="patched"`` shows the metric itself, on a scale from the corrupted to the clean run. Hatched cells give
+    the source run by construction. Positions of single patches are left to :func:`patch_trace_figure`.
 
     Args:
         images: (caption, picture) pairs, shown on the left.
+
+    Raises:
+        ValueError: a result that holds nothing but single patches.
     """
     from matplotlib.figure import Figure
 
     towers = [_without_patches(results.tower(result, name, sample)) for name in result.tower.values]
+    towers = [part for part in towers if part.sizes["position"]]
+    if not towers:
+        raise ValueError("the result holds single patches of an image alone: they are drawn by patch_trace_figure")
     n_sites = max(part.sizes["site"] for part in towers)
     heights = [max(0.8, RowHeight * part.sizes["position"]) for part in towers]
-    pictures_width = 2.0 if images else 0.0
-    figure = Figure(figsize=(pictures_width + 1.1 + 2.35 * n_sites, sum(heights) + 0.9 * len(towers) + 0.75))
+    longest = max(len(_shortened(token)) for part in towers for token in part.token.values)
+    left = max(0.95, 0.45 + 0.062 * longest)
+    pictures_width, panels_width = (2.0 if images else 0.0), left + 0.15 + 2.35 * n_sites
+    title = _wrapped(title, pictures_width + panels_width)
+    top = TitleTop + TitleLine * max(2, _n_lines(title)) + 0.39
+    height = top + max(sum(heights) + 0.9 * len(towers) - 0.1, 1.6 * len(images))
+    figure = Figure(figsize=(pictures_width + panels_width, height))
     right: Any = figure
     if images:
-        panels: Any = figure.subfigures(1, 2, width_ratios=[pictures_width, 1.1 + 2.35 * n_sites])
-        _draw_images(panels[0], images)
+        panels: Any = figure.subfigures(1, 2, width_ratios=[pictures_width, panels_width])
+        _draw_images(panels[0], images, top=1 - (top - 0.1) / height)
         right = panels[1]
     grid = right.subplots(
         len(towers), n_sites, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.9 / np.mean(heights)}
     )
-    ends = [float(result[end].sel(metric=metric).isel(sample=sample)) for end in ("corrupted", "clean")]
     for part, axes_row in zip(towers, grid, strict=True):
         for axes in axes_row[part.sizes["site"] :]:
             axes.remove()
         for axes, site in zip(axes_row, part.site.values, strict=False):
-            _draw_heatmap(axes, part.sel(site=site, metric=metric), str(site), quantity, metric, ends)
+            _draw_heatmap(axes, part.sel(site=site, metric=metric), str(site), quantity, metric)
             # One panel names the rows of all beside it.
             axes.tick_params(labelleft=axes is axes_row[0])
         axes_row[0].set_ylabel(str(part.tower.values).replace("_", " "), fontsize=9)
     # Margins in inches: room for token names on the left and the title above.
-    width, height = right.bbox.width / figure.dpi, figure.get_figheight()
     right.subplots_adjust(
-        left=0.95 / width, right=1 - 0.45 / width, top=1 - 0.85 / height, bottom=0.5 / height, wspace=0.36
+        left=left / panels_width,
+        right=1 - 0.45 / panels_width,
+        top=1 - top / height,
+        bottom=0.5 / height,
+        wspace=0.36,
     )
-    figure.suptitle(title, fontsize=10, x=0.02, ha="left", y=1 - 0.12 / height, va="top")
+    _write_title(figure, title)
     return figure
 
 
@@ -92,8 +110,9 @@ def patch_trace_figure(
 ) -> Figure:
     """A trace of image positions, drawn over the picture: one row a site, one column a layer.
 
-    Each patch is tinted by what patching its position alone does. Where tiles overlap (LLaVA-NeXT), the finer ones
-    cover the coarser.
+    Each patch is tinted by what patching its position alone does, and is clear where that is nothing. Where tiles
+    overlap (LLaVA-NeXT), the finer ones are drawn over the coarser. Parts that no patch sees (cropped off, say) are
+    bare.
 
     Args:
         image: the picture that was traced, as it was given.
@@ -106,34 +125,48 @@ def patch_trace_figure(
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
+    from hooked_vlm.processing import load_image
+
     part = _patches_of(result, sample, picture)
     every = part.layer.values
     chosen = every[np.linspace(0, len(every) - 1, min(8, len(every))).round().astype(int)] if layers is None else layers
     part = part.sel(layer=list(chosen), metric=metric)
+    shown = load_image(image).convert("L")
     sites = [str(site) for site in part.site.values]
-    ends = [float(result[end].sel(metric=metric).isel(sample=sample)) for end in ("corrupted", "clean")]
-    size, bar = 1.35, 0.75
-    figure = Figure(figsize=(0.9 + size * len(chosen) + bar, 0.85 + (size + 0.12) * len(sites)))
+    # Inches; a panel is as the picture is, within reason.
+    across, down = 1.35, 1.35 * min(max(shown.height / shown.width, 0.65), 1.6)
+    left, gap_across, gap_down, bottom = 0.4, 0.08, 0.12, 0.08
+    bar_title = _bar_title(part, quantity, metric)
+    bar = max(0.75, 0.2 + 0.065 * max(map(len, bar_title.splitlines())))
+    width = left + len(chosen) * (across + gap_across) + bar
+    title = _wrapped(title, width)
+    top = TitleTop + TitleLine * max(1, _n_lines(title)) + 0.35
+    height = top + len(sites) * (down + gap_down) - gap_down + bottom
+    figure = Figure(figsize=(width, height))
     grid = figure.subplots(len(sites), len(chosen), squeeze=False)
-    width, height = figure.get_size_inches()
-    right = 1 - bar / width
     figure.subplots_adjust(
-        left=0.35 / width, right=right, top=1 - 0.8 / height, bottom=0.05 / height, wspace=0.06, hspace=0.1
+        left=left / width,
+        right=1 - (bar + gap_across) / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=gap_across / across,
+        hspace=gap_down / down,
     )
     for place, (site, row) in enumerate(zip(sites, grid, strict=True)):
         values = part.sel(site=site)[quantity].transpose("layer", "position").values
-        low, high = _scale(values, quantity, ends)
+        tint = _Tint(COLOR_MAPS.get(site, "Greys"), values, _ends(part, quantity))
         for axes, layer, shades in zip(row, chosen, values, strict=True):
-            mesh = _draw_over(axes, image, part.box.values, shades, (low, high), COLOR_MAPS.get(site, "Greys"))
+            _draw_over(axes, shown, part.box.values, shades, tint)
             if place == 0:
                 axes.set_title(f"layer {layer}", fontsize=8, pad=3)
         row[0].set_ylabel(SITE_TITLES.get(site, site), fontsize=8)
+        row[-1].apply_aspect()
         box = row[-1].get_position()
-        bar_axes = figure.add_axes((right + 0.1 / width, box.y0, 0.1 / width, box.height))
-        figure.colorbar(ScalarMappable(mesh.norm, mesh.cmap), cax=bar_axes).ax.tick_params(labelsize=7)
+        bar_axes = figure.add_axes((1 - bar / width, box.y0, 0.1 / width, box.height))
+        figure.colorbar(ScalarMappable(tint.norm, tint.on_white), cax=bar_axes).ax.tick_params(labelsize=7)
         if place == 0:
-            bar_axes.set_title(_bar_title(part, quantity, metric), fontsize=8, pad=5)
-    figure.suptitle(title, fontsize=9, x=0.02, ha="left", y=1 - 0.08 / height, va="top")
+            bar_axes.set_title(bar_title, fontsize=8, pad=5, loc="left", parse_math=False)
+    _write_title(figure, title)
     return figure
 
 
@@ -163,27 +196,38 @@ def _patches_of(result: xr.Dataset, sample: int, picture: int) -> xr.Dataset:
     raise ValueError(f"the result holds no positions of picture {picture} of sample {sample}")
 
 
-def _draw_over(
-    axes: Axes, image: Any, boxes: np.ndarray, values: np.ndarray, ends: tuple[float, float], color_map: str
-) -> Any:
-    """Tinted boxes over a picture in grey; returns what a colour bar is made of."""
+class _Tint:
+    """A color map that is clear where patching does nothing, and the denser the more it does."""
+
+    def __init__(self, color_map: str, values: np.ndarray, ends: tuple[float, float]) -> None:
+        from matplotlib import colormaps
+        from matplotlib.colors import ListedColormap, Normalize
+
+        low, high = _scale(values, ends)
+        self.norm = Normalize(low, high)
+        levels = np.linspace(0, 1, 256)
+        far = abs(low + levels * (high - low) - ends[0])
+        colors = colormaps[color_map](levels if ends[0] <= ends[1] else levels[::-1])
+        colors[:, 3] = 0.85 * far / max(far.max(), 1e-12)
+        self.clear = ListedColormap(colors)
+        self.on_white = ListedColormap(1 - colors[:, 3:] * (1 - colors[:, :3]))
+
+
+def _draw_over(axes: Axes, image: Any, boxes: np.ndarray, values: np.ndarray, tint: _Tint) -> None:
+    """Tinted boxes over a picture in light grey."""
     from matplotlib.collections import PolyCollection
 
-    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
-    # Patches that do nothing stay clear, so that what they show can be seen.
-    share = np.clip((values - ends[0]) / max(ends[1] - ends[0], 1e-12), 0, 1)
+    axes.imshow(image, cmap="gray", vmin=-160, vmax=255)
     corners = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
-    tint = PolyCollection(list(corners), cmap=color_map, alpha=0.1 + 0.7 * share, edgecolors="none")
-    tint.set_array(values)
-    tint.set_clim(*ends)
-    axes.add_collection(tint, autolim=False)
+    patches = PolyCollection(list(corners), cmap=tint.clear, norm=tint.norm, edgecolors="none")
+    patches.set_array(values)
+    axes.add_collection(patches, autolim=False)
     axes.set_xticks([])
     axes.set_yticks([])
-    return tint
 
 
-def _draw_images(figure: Any, images: Sequence[tuple[str, Any]]) -> None:
-    column = figure.subplots(max(2, len(images)), 1, squeeze=False)[:, 0]
+def _draw_images(figure: Any, images: Sequence[tuple[str, Any]], *, top: float) -> None:
+    column = figure.subplots(max(2, len(images)), 1, squeeze=False, gridspec_kw={"top": top, "hspace": 0.25})[:, 0]
     for axes in column[len(images) :]:
         axes.remove()
     for axes, (caption, image) in zip(column, images, strict=False):
@@ -193,37 +237,47 @@ def _draw_images(figure: Any, images: Sequence[tuple[str, Any]]) -> None:
         axes.set_yticks([])
 
 
-def _draw_heatmap(
-    axes: Axes, part: xr.Dataset, site: str, quantity: Quantity, metric: str, ends: Sequence[float]
-) -> None:
+def _draw_heatmap(axes: Axes, part: xr.Dataset, site: str, quantity: Quantity, metric: str) -> None:
     values = part[quantity].transpose("position", "layer").values
-    low, high = _scale(values, quantity, ends)
+    low, high = _scale(values, _ends(part, quantity))
     mesh = axes.pcolormesh(values, cmap=COLOR_MAPS.get(site, "Greys"), vmin=low, vmax=high)
     _hatch(axes, part.identity.transpose("position", "layer").values)
     axes.invert_yaxis()
     axes.set_title(SITE_TITLES.get(site, site), fontsize=9, loc="left")
     axes.set_xlabel("layer", fontsize=8)
-    axes.set_xticks(np.arange(part.sizes["layer"]) + 0.5, part.layer.values)
-    axes.set_yticks(np.arange(part.sizes["position"]) + 0.5, part.token.values)
+    layers = part.layer.values
+    step = next(step for step in (1, 2, 5, 10, len(layers)) if len(layers) <= 10 * step)
+    axes.set_xticks(np.arange(0, len(layers), step) + 0.5, layers[::step])
+    axes.set_yticks(np.arange(part.sizes["position"]) + 0.5, map(_shortened, part.token.values), parse_math=False)
     axes.tick_params(labelsize=8, length=2)
     # As high as the heatmap, however high that is: its title must stand above both.
     slender = max(20.0, RowHeight * part.sizes["position"] / 0.13)
     bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.08, pad=0.05, aspect=slender)
     bar.ax.tick_params(labelsize=7)
-    bar.ax.set_title(_bar_title(part, quantity, metric), fontsize=8, pad=5)
+    bar.ax.set_title(_bar_title(part, quantity, metric), fontsize=8, pad=5, parse_math=False)
 
 
-def _scale(values: np.ndarray, quantity: Quantity, ends: Sequence[float]) -> tuple[float, float]:
-    """From the corrupted run to the clean one, wider where cells lie outside."""
-    known = {"patched": list(ends), "effect": [0.0, ends[1] - ends[0]], "normalized": [0.0, 1.0]}[quantity]
-    finite = [*values[np.isfinite(values)], *known]
+def _ends(part: xr.Dataset, quantity: Quantity) -> tuple[float, float]:
+    """Where nothing is done, and where the source run is reached."""
+    ends = float(part.corrupted), float(part.clean)
+    is_noising = part.attrs.get("direction") == "noising"
+    start, goal = ends[::-1] if is_noising else ends
+    if quantity == "normalized":
+        return (1.0, 0.0) if is_noising else (0.0, 1.0)
+    return (start, goal) if quantity == "patched" else (0.0, goal - start)
+
+
+def _scale(values: np.ndarray, ends: tuple[float, float]) -> tuple[float, float]:
+    """From one run to the other, wider where cells lie outside."""
+    finite = [*values[np.isfinite(values)], *ends]
     return min(finite), max(finite)
 
 
 def _bar_title(part: xr.Dataset, quantity: Quantity, metric: str) -> str:
-    answer, foil = str(part.answer.values), str(part.foil.values)
-    score = f"p({answer})" if metric == "probability" else f"{answer} − {foil}"
-    return {"patched": score, "effect": f"Δ {score}", "normalized": f"{score}, norm."}[quantity]
+    answer, foil = (_shortened(name.values, LONGEST_ANSWER) for name in (part.answer, part.foil))
+    break_ = "\n" if len(answer) + len(foil) > LONGEST_ANSWER else " "
+    score = f"p({answer})" if metric == "probability" else f"{answer}{break_}− {foil}"
+    return {"patched": score, "effect": f"Δ {score}", "normalized": f"norm. {score}"}[quantity]
 
 
 def _hatch(axes: Axes, marked: np.ndarray) -> None:
@@ -231,3 +285,26 @@ def _hatch(axes: Axes, marked: np.ndarray) -> None:
 
     for row, column in zip(*np.nonzero(marked), strict=True):
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
+
+
+def _shortened(token: Any, longest: int = LONGEST_LABEL) -> str:
+    text = str(token)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _wrapped(title: str, width: float) -> str:
+    """A title in lines that fit into ``width`` inches."""
+    letters = int((width - 0.4) * 72 / (0.55 * TitleSize))
+    return "\n".join(
+        part for line in title.splitlines() for part in textwrap.wrap(line, letters, break_on_hyphens=False) or [""]
+    )
+
+
+def _n_lines(title: str) -> int:
+    return title.count("\n") + 1
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    width, height = figure.get_size_inches()
+    place = {"x": 0.2 / width, "ha": "left", "y": 1 - TitleTop / height, "va": "top"}
+    figure.suptitle(title, fontsize=TitleSize, parse_math=False, **place)

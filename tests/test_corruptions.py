@@ -27,8 +27,9 @@ from hooked_vlm.corruptions import (
     describe,
 )
 from hooked_vlm.data import sample
-from hooked_vlm.edits import edit_hooks
+from hooked_vlm.edits import edit_hooks, gaussian
 from hooked_vlm.inputs import VLMInputs
+from tests import llava_processors
 from tests.tiny_blip import hf_blip
 from tests.tiny_blip import inputs as plain_inputs
 from tests.tiny_runs import batch, tiny
@@ -269,3 +270,121 @@ def test_the_demo_pairs_change_the_answer(model: HookedVLM) -> None:
     answer = model.generate(clean)
     for corruption in (CounterfactualImage(one.sip.image), CounterfactualQuestion(one.str_.question)):
         assert model.generate(corruption(model, clean).inputs) != answer
+
+
+# LLaVA: other numbers of pictures than of rows ------------------------------------------------------------------------
+
+NEXT_SIZES, N_TILES = ((28, 28), (60, 28), (28, 90)), (3, 4, 4)
+"""Heights and widths of pictures, and how many tiles LLaVA-NeXT makes of them."""
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def prompts(*counts: int) -> list[str]:
+    return [f"USER: {'<image> ' * count}\nwhat color is it ? ASSISTANT:" for count in counts]
+
+
+def llava_rows(tiles: bool) -> tuple[HookedVLM, VLMInputs, list[tuple[int, int]]]:
+    """A model, rows with two pictures, with none and with one, and each vision row's (row, how many it has there)."""
+    one = llava_processors.model(tiles=tiles)
+    pictures = [picture(*size, seed=seed) for seed, size in enumerate(NEXT_SIZES)]
+    inputs = one.prepare([pictures[:2], [], pictures[2:]], prompts(2, 0, 1))
+    return one, inputs, [(0, 7), (2, 4)] if tiles else [(0, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["LLaVA-1.5", "LLaVA-NeXT"])
+@pytest.mark.parametrize("site", ["vision_encoder.hook_out", "projector.hook_out", "language_model.hook_merged_embed"])
+def test_draws_stay_with_their_pictures(site: str, tiles: bool) -> None:
+    """Row after row, draw after draw, a row's pictures (tiles) together: where the repeated inputs have them."""
+    one, inputs, counts = llava_rows(tiles)
+    own = activation(one, Corrupted(inputs), site)
+    if site.startswith("language_model"):
+        counts = [(row, 1) for row in range(3)]
+    assert len(own) == sum(count for _, count in counts)
+    run = AdditiveGaussian(std=0.5, draws=3, seed=2, site=site)(one, inputs)
+    repeated = activation(one, Corrupted(inputs.repeat(3)), site)
+    noise = activation(one, run, site) - repeated
+    first, order = 0, []
+    for _, count in counts:
+        order += [(place, draw) for draw in range(3) for place in range(first, first + count)]
+        first += count
+    torch.testing.assert_close(repeated, own[[place for place, _ in order]])
+    for (place, draw), found in zip(order, noise, strict=True):
+        expected = 0.5 * own[place].std() * gaussian(own.shape[1:], 2, place, draw)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    factors = MultiplicativeGaussian(std=0.5, draws=3, seed=2, site=site)(one, inputs)
+    expected = repeated * torch.stack([1 + 0.5 * gaussian(own.shape[1:], 2, *key) for key in order])
+    torch.testing.assert_close(activation(one, factors, site), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["LLaVA-1.5", "LLaVA-NeXT"])
+def test_as_many_pictures_as_rows_need_not_be_one_a_row(tiles: bool) -> None:
+    one = llava_processors.model(tiles=tiles)
+    inputs = one.prepare([[picture(28, 28), picture(28, 28, 1)], []], prompts(2, 0))
+    for site in ("language_model.hook_merged_embed", "vision_encoder.hook_out"):
+        own = activation(one, Corrupted(inputs), site)
+        run = AdditiveGaussian(std=1.0, draws=2, site=site)(one, inputs)
+        noise = activation(one, run, site) - activation(one, Corrupted(inputs.repeat(2)), site)
+        order = [(0, 0), (0, 1), (1, 0), (1, 1)]
+        if site.startswith("vision"):
+            order = [(place, draw) for draw in range(2) for place in range(len(own))]
+        for (place, draw), found in zip(order, noise, strict=True):
+            expected = own[place].std() * gaussian(own.shape[1:], 0, place, draw)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["LLaVA-1.5", "LLaVA-NeXT"])
+def test_pixel_noise_of_several_pictures(tiles: bool) -> None:
+    """In units of each picture's spread, without the empty tiles that fill it up."""
+    one, inputs, _ = llava_rows(tiles)
+    own, run = pixels(inputs), PixelNoise(std=0.5, draws=2)(one, inputs)
+    images = [0, 1, 0, 1, 2, 2]
+    assert run.inputs.image_rows == (0, 0, 1, 1, 4, 5)
+    added = pixels(run) - own[images]
+    for image, noise in zip(images, added, strict=True):
+        spread = own[image][: N_TILES[image]].std() if tiles else own[image].std()
+        assert noise.std() == pytest.approx(0.5 * float(spread), rel=0.03)
+    assert len({round(float(noise.flatten()[0]), 6) for noise in added}) == 6
+    alone = inputs.rows([0])
+    torch.testing.assert_close(pixels(PixelNoise(std=0.5, draws=2)(one, alone)), pixels(run)[:4])
+
+
+def test_a_counterfactual_picture_of_several() -> None:
+    one, inputs, _ = llava_rows(False)
+    others = [[picture(28, 28, 7), picture(60, 28, 1)], [], [picture(28, 90, 2)]]
+    run = CounterfactualImage(others)(one, inputs)
+    differs = (pixels(run) != pixels(inputs)).flatten(1).any(1)
+    assert differs.tolist() == [True, False, False]
+    assert run.inputs.input_ids is inputs.input_ids
+    with pytest.raises(ValueError, match="text 0 has 2 <image> and 1 images"):
+        CounterfactualImage([others[0][:1], [], others[2]])(one, inputs)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((90, 28), "is tiled otherwise than the clean one; give one of its size"),  # as many tiles, one below the other
+        ((28, 70), "is tiled otherwise"),  # the same tiles, of which less is left out as padding
+        ((28, 28), r"counterfactual pixels are \(1, 3, 3, 28, 28\), the clean \(1, 4, 3, 28, 28\)"),
+    ],
+)
+def test_a_counterfactual_picture_that_is_tiled_otherwise(size: tuple[int, int], message: str) -> None:
+    one = llava_processors.model(tiles=True)
+    clean = one.prepare(picture(28, 90), prompts(1))
+    assert torch.equal(pixels(CounterfactualImage(picture(28, 90))(one, clean)), pixels(clean))
+    with pytest.raises(ValueError, match=message):
+        CounterfactualImage(picture(*size))(one, clean)
+
+
+def test_the_demo_pairs_change_the_llavas_answer() -> None:
+    one, toy = toys.demo_sample(), HookedVLM.from_pretrained("toy-llava")
+    clean = toy.prepare(one.image, one.question)
+    for corruption, answer in (
+        (CounterfactualImage(one.sip.image), one.sip.answer),
+        (CounterfactualQuestion(one.str_.question), one.str_.answer),
+    ):
+        assert toy.generate(corruption(toy, clean).inputs) == [answer]
+    with pytest.raises(ValueError, match=r"positions would not align"):
+        CounterfactualQuestion("is it red ?")(toy, clean)

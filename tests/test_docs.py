@@ -100,15 +100,21 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_hook_names_are_what_the_command_prints() -> None:
-    """To renew the page: `hooked-vlm hooks toy-blip-vqa`."""
-    printed = CliRunner().invoke(app, ["hooks", "toy-blip-vqa"]).output
-    (shown,) = (text for language, text in blocks(ROOT / "docs" / "hook_names.md") if language == "text")
-    assert [line.rstrip() for line in shown.splitlines()] == [line.rstrip() for line in printed.splitlines()]
+TOYS = ("toy-blip-vqa", "toy-llava")
 
 
-def test_the_toys_figures_are_those_of_its_card() -> None:
-    card = (ROOT / "hooked_vlm" / "toys" / "toy-blip-vqa" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("place", "toy"), list(enumerate(TOYS)), ids=TOYS)
+def test_hook_names_are_what_the_command_prints(place: int, toy: str) -> None:
+    """To renew a table of the page: `hooked-vlm hooks TOY`."""
+    printed = CliRunner().invoke(app, ["hooks", toy]).output
+    shown = [text for language, text in blocks(ROOT / "docs" / "hook_names.md") if language == "text"]
+    assert len(shown) == len(TOYS)
+    assert [line.rstrip() for line in shown[place].splitlines()] == [line.rstrip() for line in printed.splitlines()]
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_toys_figures_are_those_of_its_card(toy: str) -> None:
+    card = (ROOT / "hooked_vlm" / "toys" / toy / "README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:color|shape|count|exists) \| .*$", card, re.MULTILINE)
     assert len(rows) == 4

@@ -27,7 +27,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"attention_knockout", "causal_trace", "patch_heads"}
+    tested = {"attention_knockout", "causal_trace", "image_knockout", "patch_heads"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_causal_trace(run, tmp_path: Path) -> None:
@@ -65,3 +66,19 @@ def test_attention_knockout(run) -> None:
     shut, only = table["question_encoder.blocks.3.cross_attn"]
     assert shut < 0.5 < 0.9 < only
     assert table["question_encoder.blocks.*.cross_attn"][0] < 0.5
+
+
+def test_image_knockout(run) -> None:
+    first, clean, header, *rows = run("image_knockout.py", "12")
+    assert first == "what color is the circle ? red; without a look at position 6: yellow"
+    assert float(clean.split()[-1]) > 0.97
+    assert header.split() == "the last position does not read the object another the image the question".split()
+    table = {layer: [float(score) for score in scores] for layer, *scores in map(str.split, rows)}
+    assert len(table) == 6
+    # One layer reads the object, and nothing else of the image.
+    shut, another, image, _ = table["language_model.blocks.1.attn"]
+    assert max(shut, image) < 0.5 < 0.9 < another
+    for layer in (0, 2, 3, 4):
+        assert min(table[f"language_model.blocks.{layer}.attn"][:3]) > 0.9
+    # And the question has come to that position one layer before.
+    assert table["language_model.blocks.0.attn"][3] < 0.9 < table["language_model.blocks.2.attn"][3]

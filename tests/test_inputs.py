@@ -224,6 +224,39 @@ def test_without_anything_there_are_no_rows() -> None:
     assert list(VLMInputs()) == []
 
 
+# Several images in a row ----------------------------------------------------------------------------------------------
+
+
+def test_images_go_with_their_row() -> None:
+    inputs = VLMInputs(
+        pixel_values=pixels(4),
+        image_sizes=torch.arange(8).reshape(4, 2),
+        input_ids=token_ids(3, 5),
+        image_rows=(0, 2, 2, 2),
+    )
+    assert len(inputs) == 3
+    picked = inputs.rows([2, 1, 0, 0])
+    assert picked.image_rows == (0, 0, 0, 2, 3)
+    assert torch.equal(picked.pixel_values, inputs.pixel_values[[1, 2, 3, 0, 0]])
+    assert torch.equal(picked.image_sizes, inputs.image_sizes[[1, 2, 3, 0, 0]])
+    assert torch.equal(picked.input_ids, inputs.input_ids[[2, 1, 0, 0]])
+    assert inputs.rows([1]).image_rows == ()
+    assert len(inputs.rows([1]).pixel_values) == 0
+    assert [one.image_rows for one in inputs] == [(0,), (), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 1), (1, 0), (0, 2), (-1, 0)])
+def test_rows_of_images_that_cannot_be(rows: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"image_rows are .*: give a row for each of the 2 images, in ascending order"):
+        VLMInputs(pixel_values=pixels(2), input_ids=token_ids(2, 5), image_rows=rows)
+
+
+def test_rows_whose_images_are_not_known_cannot_be_picked() -> None:
+    inputs = VLMInputs(pixel_values=pixels(3), input_ids=token_ids(2, 5))
+    with pytest.raises(ValueError, match="^3 images and 2 rows: say which row each image belongs to"):
+        inputs.rows([0])
+
+
 # Named spans ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 from hooked_vlm import HookedVLM, toys
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.verify import Report, Row, compare, verify
-from hooked_vlm.verify.compare import LOGITS, RUNS, Kept, record
+from hooked_vlm.verify.compare import Kept, Run, record
+from hooked_vlm.verify.report import LOGITS
 from tests.tiny_blip import hf_blip, inputs
 from weights_conversion import Counterparts, counterparts_of_config
 
@@ -250,7 +251,7 @@ def recorded(hf_model: torch.nn.Module, batch: VLMInputs) -> tuple[HookedVLM, di
     table = counterparts_of_config(model.config)
     wanted = {name: side for name in (*model.hook_names, LOGITS) if (side := table.of(name))}
     kept = Kept()
-    record(hf_model, batch, wanted, RUNS["vqa"][0], kept)
+    record(hf_model, batch, wanted, Run(), kept)
     return model, wanted, kept
 
 
@@ -261,7 +262,7 @@ def test_what_runs_on_one_side_alone_fails() -> None:
     del kept._kept["", wanted[missing].module, wanted[missing].place]
     model.hook_dict[silent].forward = None
     model.answer_decoder.hook_logits = torch.nn.Identity()
-    rows = {row.name: row for row in compare.compare(model, batch, wanted, RUNS["vqa"][0], kept)}
+    rows = {row.name: row for row in compare.compare(model, batch, wanted, Run(), kept)}
     failed = {name: row.note for name, row in rows.items() if not row.passed}
     assert failed == {missing: "HF's module did not run", silent: "our hook point did not fire"}
     assert math.isinf(rows[missing].difference)
@@ -271,27 +272,29 @@ def test_other_shapes_and_dtypes_fail() -> None:
     batch = VLMInputs(**inputs("vqa"))
     model, wanted, kept = recorded(hf_blip("vqa"), batch)
 
-    def spoil(name: str, tensor: Tensor) -> None:
-        kept.put(RUNS["vqa"][0], wanted[name], tensor)
+    def spoil(name: str, tensor: Tensor | None) -> None:
+        kept.put(Run(), wanted[name], tensor)
 
+    spoil("question_encoder.hook_full_embed", None)
     spoil("question_encoder.hook_out", torch.zeros(1, 5, 35))
     spoil("vision_encoder.blocks.0.attn.hook_z", torch.zeros(1, 10, 37))
     spoil("answer_decoder.hook_out", torch.zeros(1, 3, 36, dtype=torch.float64))
     spoil("answer_decoder.ln_final.hook_normalized", torch.full((1, 3, 36), math.nan))
-    rows = {row.name: row for row in compare.compare(model, batch, wanted, RUNS["vqa"][0], kept, tolerance=1.0)}
+    rows = {row.name: row for row in compare.compare(model, batch, wanted, Run(), kept, tolerance=1.0)}
     failed = {name: row.note for name, row in rows.items() if not row.passed}
     assert failed == {
+        "question_encoder.hook_full_embed": "HF's module gave nothing there",
         "question_encoder.hook_out": "HF has (1, 5, 35) torch.float32",
         "vision_encoder.blocks.0.attn.hook_z": "HF has (1, 10, 37)",
         "answer_decoder.hook_out": "HF has (1, 3, 36) torch.float64",
-        "answer_decoder.ln_final.hook_normalized": "",
+        "answer_decoder.ln_final.hook_normalized": "HF's holds NaN or infinity",
     }
 
 
 def test_hf_and_ours_are_left_without_hooks() -> None:
     hf_model, batch = hf_blip("vqa"), VLMInputs(**inputs("vqa"))
     model, wanted, kept = recorded(hf_model, batch)
-    compare.compare(model, batch, wanted, RUNS["vqa"][0], kept)
+    compare.compare(model, batch, wanted, Run(), kept)
     assert not any(module._forward_hooks for module in (*hf_model.modules(), *model.modules()))
 
 
@@ -312,7 +315,7 @@ def test_a_report_is_json_and_prints_whole_names(vqa_report: Report, capsys: pyt
 
 
 def test_a_report_without_rows_does_not_pass() -> None:
-    empty = Report("m", "A", "none", (), (), 0.0, "float32", "cpu", "eager", "eager", "mask", {})
+    empty = Report("m", "A", "none", (), (), 0.0, "float32", "cpu", "eager", "eager", "", "mask", {})
     assert not empty.passed
     assert empty.first_failure is None
 

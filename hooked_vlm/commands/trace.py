@@ -69,7 +69,7 @@ def trace(
     text = question or toys.demo_sample().question
     corruption = _corruption(corrupt, draws, seed, sample)
     # A folder that cannot be written should be known before the work is done.
-    with whole_folder(out) as folder:
+    with whole_folder(out, replacing=("patches.png", "patches.pdf")) as folder:
         result = causal_trace(
             hooked,
             hooked.prepare(picture, text),
@@ -169,8 +169,10 @@ def _in_words(corruption: Corruption) -> str:
 def _report(result: xr.Dataset, question: str, metric: str, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    # Words in square brackets are tokens, not markup.
+    console = Console(markup=False)
     console.print(f"question   {question}")
     console.print(f"answer     {result.answer.values[0]}")
     ends = {end: result[end].sel(metric="probability").values[0] for end in ("clean", "corrupted")}
@@ -179,7 +181,7 @@ def _report(result: xr.Dataset, question: str, metric: str, out: Path) -> None:
     for cell in _strongest(result, metric):
         patched, part = float(cell.patched), float(cell.normalized)
         place = (str(cell.tower.values), str(cell.site.values), str(cell.layer.values), str(cell.token.values))
-        table.add_row(*place, f"{patched:.4f}", f"{part:.3f}")
+        table.add_row(*map(Text, place), f"{patched:.4f}", f"{part:.3f}")
     console.print(table)
     figures = ("trace", "patches") if "picture" in result.coords else ("trace",)
     for name in (*(f"{figure}{ending}" for figure in figures for ending in (".png", ".pdf")), "trace.nc"):

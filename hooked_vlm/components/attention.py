@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from hooked_vlm.components.mask import Mask
 from hooked_vlm.components.rotary import rotate
+from hooked_vlm.components.weights import multiplied_out
 from hooked_vlm.config import AttentionImplementation, TowerConfig
 from hooked_vlm.hook_point import HookPoint, follow
 
@@ -59,6 +60,7 @@ class KeyValues:
 
     def reorder(self, rows: Int[Tensor, " b"]) -> None:
         if self.keys is not None and self.values is not None:
+            rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys[rows], self.values[rows]
 
     def __len__(self) -> int:
@@ -201,6 +203,9 @@ class Attention(nn.Module):
         """The kernel, called as HF calls it: which of its ways to share heads and to mask decides the last bit."""
         is_causal = mask is not None and mask.is_plain_causal
         keep = None if mask is None or is_causal else mask.keep
+        if mask is not None and keep is not None and mask.first_key:
+            # HF's cache forgets keys that are out of the window; as zeros in the sums they would change the last bit.
+            k, v, keep = k[:, :, mask.first_key :], v[:, :, mask.first_key :], keep[..., mask.first_key :]
         groups, n_queries = self.n_heads // self.n_kv_heads, q.shape[2]
         if groups > 1 and keep is not None and n_queries == 1:
             # One query: the heads that share keys stand as the queries of one head.
@@ -245,7 +250,8 @@ class Attention(nn.Module):
         return slice(start, start + (d_q if name == "q" else d_kv))
 
     def _weight(self, name: ProjectionName) -> Float[Tensor, "h d_in d_head"]:
-        weight = self.qkv.weight[self._rows(name)] if self.fused_qkv else getattr(self, name).weight
+        weight = multiplied_out((self.qkv if self.fused_qkv else getattr(self, name)).weight)
+        weight = weight[self._rows(name)] if self.fused_qkv else weight
         return rearrange(weight, "(h d_head) d_in -> h d_in d_head", d_head=self.d_head)
 
     def _bias(self, name: ProjectionName) -> Float[Tensor, "h d_head"] | None:
@@ -270,7 +276,7 @@ class Attention(nn.Module):
 
     @property
     def W_O(self) -> Float[Tensor, "h d_head d_model"]:
-        return rearrange(self.o.weight, "d_model (h d_head) -> h d_head d_model", h=self.n_heads)
+        return rearrange(multiplied_out(self.o.weight), "d_model (h d_head) -> h d_head d_model", h=self.n_heads)
 
     @property
     def b_Q(self) -> Float[Tensor, "h d_head"] | None:

@@ -18,6 +18,8 @@ class Mask:
     dtype: torch.dtype
     is_plain_causal: bool = False
     """Whether every query reads all keys up to its own, and no more: what a fused kernel knows by itself."""
+    first_key: int = 0
+    """No query reads a key before this one: all are out of the window."""
 
     @cached_property
     def bias(self) -> Float[Tensor, "b 1 q k"]:
@@ -62,4 +64,5 @@ def causal_mask(
     if padded:
         assert attention_mask is not None
         keep = keep & attention_mask.bool()[:, None, None, :]
-    return Mask(keep, dtype, is_plain_causal=not padded and not slides and n_known == 0)
+    first_key = 0 if window is None else max(0, n_known + 1 - window)
+    return Mask(keep, dtype, is_plain_causal=not padded and not slides and n_known == 0, first_key=first_key)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooked_vlm.components.weights import multiplied_out
 from hooked_vlm.config import TowerConfig
 from hooked_vlm.hook_point import HookPoint
 
@@ -51,7 +52,7 @@ class MLP(nn.Module):
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        return self.up.weight.T
+        return multiplied_out(self.up.weight).T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
@@ -59,7 +60,7 @@ class MLP(nn.Module):
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        return self.down.weight.T
+        return multiplied_out(self.down.weight).T
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
@@ -93,15 +94,19 @@ class GatedMLP(nn.Module):
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        return (self.gate_up.weight[: self.d_mlp] if self.fused_gate else self.gate.weight).T
+        return (
+            multiplied_out(self.gate_up.weight)[: self.d_mlp] if self.fused_gate else multiplied_out(self.gate.weight)
+        ).T
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        return (self.gate_up.weight[self.d_mlp :] if self.fused_gate else self.up.weight).T
+        return (
+            multiplied_out(self.gate_up.weight)[self.d_mlp :] if self.fused_gate else multiplied_out(self.up.weight)
+        ).T
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        return self.down.weight.T
+        return multiplied_out(self.down.weight).T
 
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"] | None:

@@ -7,7 +7,7 @@ to its corrupted value in a clean run (noising). What that does to the answer sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from einops import reduce
@@ -19,6 +19,7 @@ from hooked_vlm.corruptions import Corrupted, Corruption, describe
 from hooked_vlm.edits import Replace, edit_hooks
 from hooked_vlm.experiments.cells import ALL, GROUPS, Cell, Which, as_grid, list_cells, n_layers
 from hooked_vlm.experiments.sites import WindowConvention, site_name, window
+from hooked_vlm.hooks import match_names
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.metrics import LogitDifference, Probability, Together, at
 from hooked_vlm.models import HookedVLM
@@ -79,7 +80,9 @@ def causal_trace(
         raise ValueError(f"direction must be 'denoising' or 'noising', not {direction!r}")
     clean = clean.to(model.device)
     corrupted = corruption(model, clean)
-    cells = list_cells(model, clean, towers or model.text_towers, sites, which=which, grouped=all_positions)
+    towers = towers or model.text_towers
+    cells = list_cells(model, clean, towers, sites, which=which, grouped=all_positions)
+    _check_pictures(clean, towers)
 
     clean_logits, clean_cache = _run(model, Corrupted(clean), cells)
     corrupted_logits, corrupted_cache = _run(model, corrupted, cells)
@@ -117,11 +120,9 @@ def causal_trace(
         clean_scores=_mean_draws(metric(_repeat(clean_logits, corrupted.draws)), corrupted.draws),
         corrupted_scores=_mean_draws(metric(corrupted_logits), corrupted.draws),
         start="corrupted" if direction == "denoising" else "clean",
+        which=which,
     )
-    read_at = len(model.position_labels(clean, model.towers[-1])[0]) - 1
-    result["identity"] = _identities(
-        model, result, width, convention, read_at=read_at, image_is_clean=_same_image(clean, corrupted)
-    )
+    result["identity"] = _identities(model, result, width, convention, clean, corrupted)
     result["answer"] = ("sample", model.token_strings(answer))
     result["foil"] = ("sample", model.token_strings(foil))
     return result.assign_attrs(
@@ -145,6 +146,12 @@ def _check(model: HookedVLM, clean: VLMInputs) -> None:
     # Padding on the left is no matter: the last position is every row's last token then.
     if not all(labels[-1] for labels in model.position_labels(clean, tower)):
         raise ValueError(f"rows of {tower} differ in length, so their answers are not read at one position")
+
+
+def _check_pictures(clean: VLMInputs, towers: Sequence[str]) -> None:
+    pixels, one_each = clean.pixel_values, (None, tuple(range(len(clean))))
+    if "vision_encoder" in towers and pixels is not None and (pixels.ndim > 4 or clean.image_rows not in one_each):
+        raise ValueError("the vision encoder's rows are pictures, or tiles: to trace it, give one picture a row")
 
 
 def _run(model: HookedVLM, run: Corrupted, cells: Sequence[Cell]) -> tuple[Tensor, ActivationCache]:
@@ -181,34 +188,52 @@ def _same_image(clean: VLMInputs, corrupted: Corrupted) -> bool:
     return torch.equal(repeated, corrupted.inputs.pixel_values)
 
 
+def _same_text(clean: VLMInputs, corrupted: Corrupted) -> bool:
+    repeated, other = clean.repeat(corrupted.draws).input_ids, corrupted.inputs.input_ids
+    return repeated is not None and other is not None and torch.equal(repeated, other)
+
+
 def _identities(
     model: HookedVLM,
     result: xr.Dataset,
     width: int,
     convention: WindowConvention,
-    *,
-    read_at: int,
-    image_is_clean: bool,
+    clean: VLMInputs,
+    corrupted: Corrupted,
 ) -> xr.DataArray:
     """Cells that give the source run whatever the model.
 
-    A tower's last stream is all that is read of it: whole, or where the answer is read (``read_at``). Any layer's whole
-    stream is all that later layers read, in a tower that reads no other; and in one that reads only a clean image
-    besides.
+    A tower's last stream is all that is read of it: whole, or where the answer is read. Any layer's whole stream is all
+    that later layers read, in a tower that reads no other; and in one that reads only a clean image besides. The vision
+    encoder's is all that differs where the text does not, up to the layer that is read. What a corruption edits later
+    than the patch is not brought back.
     """
     identity = result.patched.isel(metric=0, sample=0, drop=True).isnull() & False
     if "resid" not in result.site.values:
         return identity
+    read_at = len(model.position_labels(clean, model.towers[-1])[0]) - 1
+    edited = [name for edit in corrupted.edits for name in match_names(edit.site, model.hook_names)]
+    last_edited = max(map(model.hook_names.index, edited), default=-1)
+    same_image, same_text = _same_image(clean, corrupted), _same_text(clean, corrupted)
+
+    def reads_image(tower: str) -> bool:
+        return model.towers[model.towers.index(tower) - 1] == "vision_encoder"
+
     for tower in map(str, result.tower.values):
-        layers = n_layers(model, tower)
-        last = [layer for layer in range(layers) if layers - 1 in window(layer, width, layers, convention)]
+        config: Any = model.get_submodule(tower).config
+        windows = {layer: window(layer, width, config.n_layers, convention) for layer in range(config.n_layers)}
+        sites = {layer: site_name(model, tower, "resid", own[-1]) for layer, own in windows.items()}
+        late = [layer for layer in windows if model.hook_names.index(sites[layer]) >= last_edited]
+        last = [layer for layer in late if config.n_layers - 1 in windows[layer]]
         tokens = result.token.sel(tower=tower).isel(sample=0)
         if GROUPS[ALL] in tokens.values:
-            reads_other = model.get_submodule(tower).config.d_cross is not None  # type: ignore[union-attr]
-            reads_image = model.towers[model.towers.index(tower) - 1] == "vision_encoder"
-            stands_alone = not reads_other or (image_is_clean and reads_image)
-            whole = range(layers) if stands_alone else last
-            identity.loc[{"tower": tower, "site": "resid", "layer": list(whole), "position": ALL}] = True
+            whole = last
+            if tower == "vision_encoder":
+                first_read = min(config.feature_layers or [config.n_layers])
+                whole = [layer for layer in late if windows[layer][0] < first_read and same_text]
+            elif config.d_cross is None or (reads_image(tower) and same_image):
+                whole = late
+            identity.loc[{"tower": tower, "site": "resid", "layer": whole, "position": ALL}] = True
         if tower == model.towers[-1] and read_at in tokens.position:
             identity.loc[{"tower": tower, "site": "resid", "layer": last, "position": read_at}] = True
     return identity

@@ -64,15 +64,19 @@ def list_cells(
     Args:
         which: of a tower that reads an image among its tokens, only the text's positions or only the image's.
         grouped: positions patched together, too: all, and all of the image.
+
+    Raises:
+        ValueError: an unknown tower or site; no positions of the kind that is wanted, or not known which they are.
     """
+    if which != "all" and "image" not in clean.spans:
+        raise ValueError(f"which positions are the {which}'s is not known: make the inputs with model.prepare")
     cells = []
     for tower in towers:
         for site in sites or site_kinds(model, tower):
             site_name(model, tower, site, 0)  # says what is wrong before anything runs
         n_positions = max(len(labels) for labels in model.position_labels(clean, tower))
         holds_image = image_positions(clean, tower, n_positions)
-        wanted = {"all": holds_image | True, "text": ~holds_image, "image": holds_image}[which].any(0)
-        positions = [position for position in range(n_positions) if wanted[position]]
+        positions = np.flatnonzero(_wanted(clean, tower, holds_image, which).any(0)).tolist()
         if grouped:
             positions += [*([IMAGE] if holds_image.any() else []), *([ALL] if n_positions > 1 else [])]
         cells += [
@@ -81,6 +85,8 @@ def list_cells(
             for layer in range(n_layers(model, tower))
             for position in positions
         ]
+    if not cells:
+        raise ValueError(f"these inputs have no positions to patch in {', '.join(towers)} (which={which!r})")
     return cells
 
 
@@ -94,6 +100,13 @@ def image_positions(inputs: VLMInputs, tower: str, n_positions: int) -> np.ndarr
     return holds
 
 
+def _wanted(inputs: VLMInputs, tower: str, holds_image: np.ndarray, which: Which) -> np.ndarray:
+    """``[b p]``: which positions are traced, one at a time; all, in a tower that reads no image among its tokens."""
+    if which == "all" or inputs.spans["image"].tower != tower:
+        return np.ones_like(holds_image)
+    return holds_image if which == "image" else ~holds_image
+
+
 def as_grid(
     model: HookedVLM,
     clean: VLMInputs,
@@ -104,8 +117,9 @@ def as_grid(
     clean_scores: Float[Tensor, "b metric"],
     corrupted_scores: Float[Tensor, "b metric"],
     start: Literal["clean", "corrupted"],
+    which: Which = "all",
 ) -> xr.Dataset:
-    """Scores by name: cells in a grid, NaN where a row has no such position.
+    """Scores by name: cells in a grid, NaN where a row has no such position, or none that is wanted.
 
     ``box`` says which part of its picture a position sees, ``picture`` which of its row's; -1 for text.
     """
@@ -115,7 +129,7 @@ def as_grid(
     layers = 1 + max(cell.layer for cell in cells)
     single = sorted({cell.position for cell in cells if cell.position not in GROUPS})
     positions = [*single, *(group for group in GROUPS if any(cell.position == group for cell in cells))]
-    tokens = _labels(model, clean, towers, positions)
+    tokens = _labels(model, clean, towers, positions, which)
     grid = np.full((len(metrics), len(clean), len(towers), len(sites), layers, len(positions)), np.nan)
     for cell, values in zip(cells, rearrange(scores, "cells b metric -> cells metric b").double().cpu(), strict=True):
         tower, position = towers.index(cell.tower), positions.index(cell.position)
@@ -137,7 +151,7 @@ def as_grid(
             "layer": np.arange(layers),
             "position": positions,
             "token": (("sample", "tower", "position"), tokens),
-            **_places(clean, towers, positions),
+            **_places(clean, towers, positions, tokens),
         },
     )
     result["effect"] = result.patched - result[start]
@@ -145,23 +159,26 @@ def as_grid(
     return result.transpose(*dims, ...)
 
 
-def _labels(model: HookedVLM, clean: VLMInputs, towers: Sequence[str], positions: Sequence[int]) -> np.ndarray:
-    """``[b tower position]``: tokens, patches, groups; empty where a row has no such position."""
+def _labels(
+    model: HookedVLM, clean: VLMInputs, towers: Sequence[str], positions: Sequence[int], which: Which
+) -> np.ndarray:
+    """``[b tower position]``: tokens, patches, groups; empty where a row has no such position, or none wanted."""
     tokens = np.full((len(clean), len(towers), len(positions)), "", dtype="<U64")
     for place, tower in enumerate(towers):
         labels_of_rows = model.position_labels(clean, tower)
         holds_image = image_positions(clean, tower, max(map(len, labels_of_rows)))
+        wanted = _wanted(clean, tower, holds_image, which)
         for row, labels in enumerate(labels_of_rows):
             groups = {ALL: len(labels) > 1, IMAGE: holds_image[row].any()}
             for column, position in enumerate(positions):
                 if position in GROUPS:
                     tokens[row, place, column] = GROUPS[position] if groups[position] else ""
-                elif position < len(labels):
+                elif position < len(labels) and wanted[row, position]:
                     tokens[row, place, column] = labels[position]
     return tokens
 
 
-def _places(clean: VLMInputs, towers: Sequence[str], positions: Sequence[int]) -> dict[str, tuple]:
+def _places(clean: VLMInputs, towers: Sequence[str], positions: Sequence[int], tokens: np.ndarray) -> dict[str, tuple]:
     """The coordinates ``box`` and ``picture``, where a tower's positions see parts of a picture."""
     shape = (len(clean), len(towers), len(positions))
     boxes, pictures = np.full((*shape, 4), np.nan), np.full(shape, -1)
@@ -172,7 +189,8 @@ def _places(clean: VLMInputs, towers: Sequence[str], positions: Sequence[int]) -
         for position, box in zip(grid.positions, grid.boxes, strict=True):
             if grid.tower in towers and position in column_of:
                 place = (grid.row, towers.index(grid.tower), column_of[position])
-                boxes[place], pictures[place] = box, number
+                if tokens[place]:
+                    boxes[place], pictures[place] = box, number
     if (pictures < 0).all():
         return {}
     dims = ("sample", "tower", "position")

@@ -21,8 +21,10 @@ def site_name(model: HookedVLM, tower: str, kind: str, layer: int) -> str:
         raise ValueError(f"no tower {tower!r}; this model has {', '.join(model.towers)}")
     if kind not in SITE_KINDS:
         raise ValueError(f"no site {kind!r}; there are {', '.join(SITE_KINDS)}")
-    config = model.get_submodule(tower).config
-    post_norm = config.norm_order == "post"  # type: ignore[union-attr]
+    config = getattr(model.get_submodule(tower), "config", None)
+    if config is None:
+        raise ValueError(f"{tower} has no layers to trace")
+    post_norm = config.norm_order == "post"
     ending = {"resid": "normalized_resid_post" if post_norm else "resid_post"}.get(kind, f"{kind}_out")
     name = f"{tower}.blocks.{layer}.hook_{ending}"
     if name not in model.hook_dict:

@@ -46,8 +46,9 @@ class HookedVLM(HookedModule):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        device_map: str | dict[str, int | str | torch.device] | None = None,
+        device_map: str | Mapping[str, int | str | torch.device] | None = None,
         offload_folder: str | Path | None = None,
+        quantization: Literal["int8"] | None = None,
         attention: AttentionImplementation | None = None,
         cross_attention_padding: Literal["mask", "hf"] = "mask",
         variant: Literal["hf", "original"] | None = None,
@@ -65,8 +66,14 @@ class HookedVLM(HookedModule):
 
         Args:
             dtype: by default what ``config.json`` says, as HF does; then what the file holds.
-            device_map: where each part goes, as in accelerate, which it needs: ``"auto"``, or a device for each part
-                by name, ``"disk"`` too, with ``offload_folder`` to keep it in.
+            device_map: where each part is kept: a device for each by name (``"language_model.blocks.0"``; ``""`` is all
+                the rest), or ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` and ``"sequential"``, which need
+                accelerate. On accelerators parts run where they are kept; parts on ``"cpu"`` and ``"disk"`` beside them
+                are fetched at each use.
+            offload_folder: where parts on disk are written that ``dtype`` converts; others stay in the checkpoint's
+                own files.
+            quantization: ``"int8"``: the weights of linear layers in int8, all but the unembedding's, as HF with
+                torchao, which it needs. ``W_Q`` and its like are then multiplied out each time they are read.
             attention: ``"eager"`` or ``"sdpa"``; by default what HF uses for this model.
             cross_attention_padding: BLIP: ``"mask"`` (a padded row gives what it gives alone) or ``"hf"``.
             variant: BLIP: ``"hf"`` or ``"original"``, see :class:`~hooked_vlm.config.BlipConfig`; by default
@@ -89,6 +96,7 @@ class HookedVLM(HookedModule):
             device=device,
             device_map=device_map,
             offload_folder=offload_folder,
+            quantization=quantization,
             attention=attention,
             cross_attention_padding=cross_attention_padding,
             variant=variant,
@@ -304,7 +312,7 @@ class HookedVLM(HookedModule):
             found = torch.cat([found, token[None]], dim=1)
             text = self.decode(found)[0]
             # A character of several tokens is told when it is whole.
-            if text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            if text != told and text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(told) :]
                 told = text
 

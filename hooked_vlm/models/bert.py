@@ -61,7 +61,7 @@ class Bert(Tower):
             known: keys and values of earlier positions, extended by this call.
         """
         batch, n_new = input_ids.shape
-        n_known = 0 if known is None else len(known)
+        self.n_known = n_known = 0 if known is None else len(known)
         dtype = self.embed.token.weight.dtype
         tokens = self.hook_embed(self.embed.token(input_ids))
         pos = shown(self.hook_pos_embed, self.embed.positions(n_known, n_new, position_ids), batch)

@@ -33,8 +33,11 @@ class Llama(Tower):
         if config.ties_embeddings:
             self.unembed.weight = self.embed.token.weight
 
-    def embed_tokens(self, input_ids: Int[Tensor, "b p"]) -> Float[Tensor, "b p d_model"]:
+    def embed_tokens(
+        self, input_ids: Int[Tensor, "b p"], *, known: Known | None = None
+    ) -> Float[Tensor, "b p d_model"]:
         """The tokens' embeddings; an image token's is a placeholder."""
+        self.n_known = 0 if known is None else len(known)
         return self.hook_embed(self.embed.token(input_ids))
 
     def forward(
@@ -55,6 +58,7 @@ class Llama(Tower):
                 positions matter to a rotary embedding.
         """
         n_known, n_new = 0 if known is None else len(known), embeds.shape[1]
+        self.n_known = n_known
         if position_ids is None:
             position_ids = torch.arange(n_known, n_known + n_new, device=embeds.device)[None]
         windows = self.config.windows or (None,) * len(self.blocks)

@@ -63,7 +63,7 @@ class LlavaDecoding:
         if self.attention_mask is not None:
             self.attention_mask = F.pad(self.attention_mask, (0, n_new), value=1)
             position_ids = self._positions()[:, -n_new:]
-        return self._read(self.model.language_model.embed_tokens(token_ids), position_ids)
+        return self._read(self.model.language_model.embed_tokens(token_ids, known=self.known), position_ids)
 
     def reorder(self, rows: Int[Tensor, " rows"]) -> None:
         self.known.reorder(rows)
@@ -121,11 +121,11 @@ class HookedLlava(HookedVLM):
         if self.config.image_token_id >= self.config.text.d_vocab:
             # The research code's image token has no embedding; HF's has one that is never used.
             ids = ids.masked_fill(is_image, 0)
+        # Rows without an image, taken from a batch that has some, come with pixel_values of no image.
+        has_images = inputs.pixel_values is not None and len(inputs.pixel_values) > 0
+        features = self.encode_images(inputs) if has_images else None
         embeds = self.language_model.embed_tokens(ids)
-        if inputs.pixel_values is None:
-            return embeds
-        features = self.encode_images(inputs).to(embeds)
-        return embeds.masked_scatter(is_image[..., None], features)
+        return embeds if features is None else embeds.masked_scatter(is_image[..., None], features.to(embeds))
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "n_features d_model"]:
         """All images' features, one after the other, as the language model reads them."""
@@ -139,7 +139,13 @@ class HookedLlava(HookedVLM):
 
     def _project(self, pixels: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b p d_model"]:
         states = self.vision_encoder(pixels)
-        return self.projector(states[:, 1:] if self.config.select == "default" else states)
+        if self.config.select == "default":
+            states = states[:, 1:]
+            if self.config.pinpoints is None and len(self.config.vision.feature_layers or ()) > 1:
+                # HF's LLaVA-1.5 joins several streams without their class tokens, and so packs them; in half precision
+                # a product over another layout rounds differently.
+                states = states.contiguous()
+        return self.projector(states)
 
     def _packed(
         self, features: Float[Tensor, "tile p d_model"], inputs: VLMInputs, counts: Sequence[int]
@@ -199,6 +205,8 @@ class HookedLlava(HookedVLM):
         if tower == "language_model":
             return label_sequence(self.processor, inputs)
         patches = label_patches(inputs, self.config.vision)
+        if self.config.pinpoints is not None and patches:
+            patches = patches[:1] * sum(self._tile_counts(inputs))
         return [row[1:] for row in patches] if tower == "projector" and self.config.select == "default" else patches
 
     def _inputs(self, inputs: VLMInputs | Mapping[str, Any]) -> VLMInputs:

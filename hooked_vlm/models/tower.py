@@ -34,6 +34,9 @@ class Known:
 class Tower(nn.Module):
     """The blocks, and how a stream runs through them. Sub-classes embed before and read out after."""
 
+    n_known: int = 0
+    """How many positions came before the first that the tower is reading, in a generation: edits count from there."""
+
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.config = config

@@ -6,12 +6,17 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hooked_vlm.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+LOGITS, OUTPUT = "logits", "output"
+"""The row of what the forward returns, with no hook attached; the second, where that is no logits."""
+
+Padding = Literal["", "left", "right"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,10 @@ class Report:
     device: str
     attention: str
     hf_attention: str
+    padded: Padding
+    """At which end the rows of the inputs are padded; empty where none is."""
     cross_attention_padding: str
+    """BLIP's; empty for models that read padding nowhere."""
     versions: dict[str, str]
 
     @property
@@ -97,12 +105,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """What the table does not say; the verdict comes last."""
-        told = [f"inputs: {self.inputs}", self._padding(), self._absent()]
-        if self.attention != self.hf_attention:
-            told.append(
-                f"attention: ours {self.attention}, HF's {self.hf_attention}, because HF has no {self.attention} for "
-                f"{self.architecture}: their rounding differs, so a relative difference of {self.tolerance:g} passes"
-            )
+        told = [f"inputs: {self.inputs}", self._padding(), *self._attention(), self._absent()]
         if self.first_failure is not None:
             first = self.first_failure
             where = f" in {first.run}" if first.run else ""
@@ -110,12 +113,28 @@ class Report:
         return [*told, self._verdict()]
 
     def _padding(self) -> str:
-        if self.cross_attention_padding == "mask":
-            return "padding: none in these inputs, so cross_attention_padding makes no difference"
+        if not self.padded:
+            no_matter = ", so cross_attention_padding makes no difference" if self.cross_attention_padding else ""
+            return f"padding: none in these inputs{no_matter}"
+        if not self.cross_attention_padding:
+            return f"padding: rows are padded on the {self.padded}; padded positions are compared like all others"
         return (
             "padding: these inputs are padded, and HF's cross-attention reads padded positions, so ours ran with "
             'cross_attention_padding="hf" to compare like with like; the default, "mask", keeps off them'
         )
+
+    def _attention(self) -> list[str]:
+        if self.attention != self.hf_attention:
+            return [
+                f"attention: ours {self.attention}, HF's {self.hf_attention}, because HF has no {self.attention} for "
+                f"{self.architecture}: their rounding differs, so a relative difference of {self.tolerance:g} passes"
+            ]
+        if self.attention == "sdpa":
+            return [
+                "attention: sdpa on both sides, a fused kernel, of which HF gives no patterns; to compare them too, "
+                'ask for attention="eager" (--attention eager)'
+            ]
+        return []
 
     def _absent(self) -> str:
         endings: dict[str, int] = {}
@@ -126,17 +145,21 @@ class Report:
         return f"without a counterpart in HF: {len(self.without_counterpart)} hook points ({counted or 'none'})"
 
     def _verdict(self) -> str:
-        logits = " and ".join(
+        returned = " and ".join(
             f"{row.run} {row.name}".strip() + f" {'equal' if row.equal else f'differ by {row.difference:.3g}'}"
             for row in self.rows
-            if row.name == "logits"
+            if row.name in (LOGITS, OUTPUT)
         )
-        return (
-            f"{'PASS' if self.passed else 'FAIL'}: {logits}; {self.n_equal} of {len(self.rows)} are equal to the bit; "
-            f"{self.dtype} on {self.device}, attention {self.attention} (HF {self.hf_attention}), "
-            f"cross_attention_padding {self.cross_attention_padding}, tolerance {self.tolerance:g}; "
-            + ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        )
+        told = [
+            f"{self.dtype} on {self.device}",
+            f"attention {self.attention} (HF {self.hf_attention})",
+            *([f"cross_attention_padding {self.cross_attention_padding}"] if self.cross_attention_padding else []),
+            f"tolerance {self.tolerance:g}",
+        ]
+        verdict = f"{'PASS' if self.passed else 'FAIL'}: {returned}"
+        counted = f"{self.n_equal} of {len(self.rows)} are equal to the bit"
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return "; ".join([verdict, counted, ", ".join(told), versions])
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group

@@ -1,16 +1,20 @@
 """``hooked-vlm verify``: what it prints, what it writes, and its exit codes."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from hooked_vlm import toys
 from hooked_vlm.cli import app
 from hooked_vlm.verify import compare
 from tests.tiny_blip import hf_blip
+from tests.tiny_llava import hf_clip, hf_llava, hf_vit
+from tests.weights_conversion.layouts import RESEARCH_CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,27 @@ def test_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(folder, "--tolerance", 0.1).exit_code == 0
 
 
+@pytest.mark.parametrize("family", ["llava", "llava-next", "clip", "vit"])
+def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = {"llava": hf_llava, "llava-next": partial(hf_llava, tiles=True), "clip": hf_clip, "vit": hf_vit}[family]
+    make().save_pretrained(tmp_path)
+    for options in ([], ["--attention", "eager", "--dtype", "bfloat16"]):
+        done = run(tmp_path, *options)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.rstrip().splitlines()[-1].startswith("PASS: logits equal; ")
+    load = compare.load_hf
+
+    def changed(*args: object, **options: object) -> torch.nn.Module:
+        model = load(*args, **options)
+        next(parameter for name, parameter in model.named_parameters() if "q_proj.weight" in name).data *= 1.01
+        return model
+
+    monkeypatch.setattr(compare, "load_hf", changed)
+    done = run(tmp_path)
+    assert done.exit_code == 1
+    assert "blocks.0.attn.hook_q (" in next(line for line in done.stdout.splitlines() if "first difference: " in line)
+
+
 def test_a_picture_and_a_question_and_sdpa(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     toys.demo_sample().image.save(picture)
@@ -92,3 +117,12 @@ def test_a_report_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", [("--dtype", "int8"), ("--attention", "flash"), ("--tolerance", "-1")])
 def test_wrong_options(folder: Path, option: tuple[str, str]) -> None:
     assert run(folder, *option).exit_code == 2
+
+
+def test_a_research_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RESEARCH_CONFIG))
+    save_file({"model.embed_tokens.weight": torch.zeros(3, 4)}, tmp_path / "model.safetensors")
+    done = run(tmp_path)
+    assert done.exit_code == 2
+    assert "save_hf it, and verify that folder" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
