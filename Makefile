@@ -27,7 +27,7 @@ demo: $(STAMP)-run  ## trace the embedded model on an embedded picture, into ./d
 test: $(STAMP)-test  ## run the quick tests
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-test-full: $(STAMP)-test  ## run all tests, those at full size too (one process: they need the memory)
+test-full: $(STAMP)-test $(STAMP)-quantization  ## run all tests, those at full size too (one process: they need the memory)
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)-lint  ## check style, format and types

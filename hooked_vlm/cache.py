@@ -136,7 +136,7 @@ class ActivationCache(Mapping[str, Tensor]):
         tensors = [self.activations[full] for full in found if full in self.activations]
         if len(tensors) != self._n_layers(tower):
             raise KeyError(f"{name!r} is cached for {len(tensors)} of {self._n_layers(tower)} layers of {tower}")
-        return torch.stack(tensors)
+        return torch.stack(_together(tensors))
 
     def accumulated_resid(
         self,
@@ -174,7 +174,7 @@ class ActivationCache(Mapping[str, Tensor]):
         kept = [
             (label, f"{tower}.{name}") for label, name in names if "cross" not in label or f"{tower}.{name}" in self
         ]
-        stack = torch.stack([self[name] for _, name in kept])
+        stack = torch.stack(_together([self[name] for _, name in kept]))
         if apply_ln:
             if self._module(tower).config.norm_order == "post":
                 raise ValueError(f"{tower} normalises its stream in every layer; there is no last LayerNorm to apply")
@@ -214,7 +214,7 @@ class ActivationCache(Mapping[str, Tensor]):
                 name = f"{tower}.blocks.{index}.hook_{kind}"
                 if kind != "cross_attn_out" or name in self:
                     names.append((f"{index}_{kind}", name))
-        stack = torch.stack([self[name] for _, name in names])
+        stack = torch.stack(_together([self[name] for _, name in names]))
         return (stack, [label for label, _ in names]) if return_labels else stack
 
     def stack_head_results(
@@ -239,7 +239,7 @@ class ActivationCache(Mapping[str, Tensor]):
             weight = attention.W_O.to(device=z.device, dtype=z.dtype)
             results.append(einsum(z, weight, "... h d_head, h d_head m -> h ... m"))
             labels += [f"L{index}H{head}" for head in range(attention.n_heads)]
-        stack = torch.cat(results)
+        stack = torch.cat(_together(results))
         return (stack, labels) if return_labels else stack
 
     def _tower(self, tower: str | None) -> str:
@@ -291,3 +291,8 @@ def _endings(short: str) -> Sequence[str]:
         owner, _, point = short.rpartition(".")
         return (f"{owner or 'ln1'}.hook_{point}",)
     return (f"hook_{short}",)
+
+
+def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Layers of a model that is spread over devices leave their activations on several."""
+    return [tensor.to(tensors[0].device) for tensor in tensors]

@@ -148,6 +148,7 @@ class ModelConfig:
     architecture: str
     """HF's class."""
     attention: AttentionImplementation = "eager"
+    quantization: Literal["int8"] | None = None
     name_or_path: str = ""
     revision: str = ""
     hf_config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -161,7 +162,7 @@ class ModelConfig:
     @property
     def switches(self) -> dict[str, str]:
         """Choices that change what is computed, for a result's provenance."""
-        return {}
+        return {} if self.quantization is None else {"quantization": self.quantization}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,11 @@ class BlipConfig(ModelConfig):
 
     @property
     def switches(self) -> dict[str, str]:
-        return {"cross_attention_padding": self.cross_attention_padding, "variant": self.variant}
+        return {
+            **super().switches,
+            "cross_attention_padding": self.cross_attention_padding,
+            "variant": self.variant,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
-    quantization: str | None = None,
+    quantization: Literal["int8"] | None = None,
     processor: Any = None,
     vision_tower: str | Path | None = None,
     token: str | bool | None = None,
@@ -74,6 +74,7 @@ def load_pretrained(
         config,
         # An embedded name is the same everywhere; the folder that it stands for is not.
         name_or_path=str(name_or_path),
+        quantization=quantization,
         # The commit: a branch moves on.
         revision=path.name if path.parent.name == "snapshots" else "",
     )

@@ -84,10 +84,10 @@ def test_a_span_is_these_positions_and_no_others(span: str, site: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("span", "occurrence"), [("circle", None), ("the circle", None), ("color is", None)])
-def test_words_of_the_question(span: str, occurrence: int | None) -> None:
+@pytest.mark.parametrize("span", ["circle", "the circle", "color is"])
+def test_words_of_the_question(span: str) -> None:
     model, inputs = tiny(), batch().rows([0])
-    (positions,) = inputs.span(span, occurrence=occurrence).rows
+    (positions,) = inputs.span(span).rows
     assert [inputs.tokens[0][position] for position in positions] == span.split()  # type: ignore[index]
     expected = model.patch(inputs, [Zero(RESID, positions=list(positions))])
     assert torch.equal(model.patch(inputs, [Zero(RESID, positions=span)]), expected)
@@ -307,4 +307,4 @@ def test_replacing_an_activation_by_itself_changes_nothing(attention: AttentionI
     clean, cache = model.run_with_cache(inputs)
     names = [name for name in cache if not name.startswith("vision_encoder.blocks.") or ".blocks.1." in name]
     for name in names:
-        assert largest_difference(model.patch(inputs, [Replace(name, cache)])[:, 4:], clean[:, 4:]) < 1e-5, name
+        assert largest_difference(model.patch(inputs, [Replace(name, cache)])[:, 4:], clean[:, 4:]) < 1e-4, name

@@ -26,6 +26,8 @@ def answer(
 ) -> None:
     """Print a model's answer to a question about a picture, as it comes (from beams, when it is found)."""
     hooked = load_model(model, dtype, attention, device, revision)
+    if f"{hooked.towers[-1]}.hook_logits" not in hooked.hook_dict:
+        raise ValueError(f"{model} is a {type(hooked).__name__}, which answers nothing")
     inputs = hooked.prepare(image, question or None)
     if beams > 1:
         typer.echo(hooked.generate(inputs, num_beams=beams, max_new_tokens=max_new_tokens)[0])

@@ -17,6 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 END = {"clip": 95, "clip, read at the highest id": 2}
 """The config's end-of-text token."""
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -114,6 +114,30 @@ def argmax_without_cache(ours: HookedVLM, batch: dict[str, Tensor], length: int)
 
 
 @every_attention
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding", "qwen2, mixed", "yarn"])
+@torch.no_grad()
+def test_what_is_known_and_what_is_new_add_up_to_the_whole(name: str, attention: AttentionImplementation) -> None:
+    """Step by step, several tokens at a time too, in windows too; within rounding."""
+    hf, ours = both_of(name, attention)
+    batch = prompts(hf, IMAGES)
+    words = torch.randint(3, IMAGE_ID, (len(IMAGES), 16))
+    whole = ours(
+        {
+            **batch,
+            "input_ids": torch.cat([batch["input_ids"], words], dim=1),
+            "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 16), value=1),
+        }
+    )
+    decoding, prompt = ours._start_decoding(ours._inputs(batch))
+    last, known = decoding.step(prompt), prompt.shape[1]
+    for n_new in (1, 2, 10, 3):
+        torch.testing.assert_close(last, whole[:, known - 1], rtol=0, atol=1e-5 * float(whole.abs().max()))
+        start = known - prompt.shape[1]
+        last, known = decoding.step(words[:, start : start + n_new]), known + n_new
+    torch.testing.assert_close(last, whole[:, -1], rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+@every_attention
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "mistral, sliding", "qwen2, mixed", "phi3", "dynamic", "next"])
 def test_logits_of_every_step_equal_hf(both, name: str, dtype: torch.dtype, attention: str) -> None:
@@ -136,30 +160,39 @@ def test_logits_of_every_step_equal_hf(both, name: str, dtype: torch.dtype, atte
             assert torch.equal(ours_.float(), theirs)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding", "qwen2, mixed", "dynamic", "next"])
+def test_beams_equal_hf(name: str) -> None:
+    """In a padded batch, and row by row: beams must take their own row's images with them."""
+    hf, ours = both_of(name)
+    batch = prompts(hf, IMAGES)
+    settings = {"max_new_tokens": 20, "num_beams": 3}
+    found = tokens_of(ours, batch, **settings)
+    assert torch.equal(found, hf_generate(hf, batch, **settings))
+    # "dynamic" embeddings depend on the longest row of the batch.
+    for row in range(len(found) if name != "dynamic" else 0):
+        alone = row_alone(batch, row)
+        theirs = hf_generate(hf, alone, **settings)
+        assert torch.equal(tokens_of(ours, alone, **settings), theirs)
+        expected = own_words(theirs[0], alone["input_ids"].shape[1])
+        assert own_words(found[row], batch["input_ids"].shape[1])[: len(expected)] == expected
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_beams": 3},
         {"num_beams": 3, "length_penalty": 2.0, "min_new_tokens": 4},
         {"num_beams": 2, "length_penalty": -1.0, "early_stopping": True},
+        {"num_beams": 4, "early_stopping": "never"},
+        {"min_new_tokens": 10},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["llama", "mistral, sliding", "qwen2, mixed", "dynamic", "next"])
-def test_beams_equal_hf(name: str, settings: dict[str, Any]) -> None:
-    """In a padded batch, and row by row: beams must take their own row's images with them."""
-    for seed in (1, 2):
-        hf, ours = both_of(name, seed=seed)
-        batch = prompts(hf, IMAGES)
-        found = tokens_of(ours, batch, max_new_tokens=20, **settings)
-        assert torch.equal(found, hf_generate(hf, batch, max_new_tokens=20, **settings))
-        # "dynamic" embeddings depend on the longest row of the batch.
-        for row in range(len(found) if name != "dynamic" else 0):
-            alone = row_alone(batch, row)
-            theirs = hf_generate(hf, alone, max_new_tokens=20, **settings)
-            assert torch.equal(tokens_of(ours, alone, max_new_tokens=20, **settings), theirs)
-            expected = own_words(theirs[0], alone["input_ids"].shape[1])
-            assert own_words(found[row], batch["input_ids"].shape[1])[: len(expected)] == expected
+@pytest.mark.parametrize("name", ["phi3", "next"])
+def test_tokens_equal_hf_with_settings(name: str, settings: dict[str, Any]) -> None:
+    hf, ours = both_of(name, seed=2)
+    batch = prompts(hf, IMAGES)
+    expected = hf_generate(hf, batch, max_new_tokens=12, **settings)
+    assert torch.equal(tokens_of(ours, batch, max_new_tokens=12, **settings), expected)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -16,6 +16,7 @@ from tests.tiny_llava import IMAGE, MODELS, PATCH, hf_vit
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["vit", "vit, no biases", "vit, pooler"]
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
