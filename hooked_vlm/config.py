@@ -212,6 +212,8 @@ class LlavaConfig(ModelConfig):
     projector_bias: bool = True
     select: Literal["default", "full"] = "default"
     """``"default"`` leaves out the class token."""
+    lists_features: bool = False
+    """Whether the checkpoint lists its feature layers, be it one: HF then packs what the projector reads."""
     pinpoints: tuple[tuple[int, int], ...] | None = None
     """LLaVA-NeXT: the resolutions (height, width) that an image may be tiled at."""
 

@@ -30,7 +30,7 @@ RowHeight = 0.27
 """Inches of one token's row."""
 TitleSize, TitleTop, TitleLine = 10, 0.12, 0.17
 """Of a figure's title: points, inches above it, inches a line."""
-LONGEST_LABEL, LONGEST_ANSWER = 24, 12
+LONGEST_LABEL, LONGEST_ANSWER = 24, 11
 """Letters of a token beside a row, and above a color bar."""
 
 
@@ -160,8 +160,7 @@ def patch_trace_figure(
             if place == 0:
                 axes.set_title(f"layer {layer}", fontsize=8, pad=3)
         row[0].set_ylabel(SITE_TITLES.get(site, site), fontsize=8)
-        row[-1].apply_aspect()
-        box = row[-1].get_position()
+        box = row[-1].get_position(original=True)
         bar_axes = figure.add_axes((1 - bar / width, box.y0, 0.1 / width, box.height))
         figure.colorbar(ScalarMappable(tint.norm, tint.on_white), cax=bar_axes).ax.tick_params(labelsize=7)
         if place == 0:
@@ -294,7 +293,7 @@ def _shortened(token: Any, longest: int = LONGEST_LABEL) -> str:
 
 def _wrapped(title: str, width: float) -> str:
     """A title in lines that fit into ``width`` inches."""
-    letters = int((width - 0.4) * 72 / (0.55 * TitleSize))
+    letters = int((width - 0.4) * 72 / (0.62 * TitleSize))
     return "\n".join(
         part for line in title.splitlines() for part in textwrap.wrap(line, letters, break_on_hyphens=False) or [""]
     )

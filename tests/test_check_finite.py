@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, HookPoint
+from hooked_vlm.toys import demo_sample
 from tests.tiny_blip import hf_blip, padded_inputs, pixels
 from tests.tiny_llava import IMAGE, MODELS, clip_inputs, prompts
 from tests.tiny_runs import n_hooks
@@ -168,3 +169,13 @@ def test_no_gradients_are_kept() -> None:
     model.check_finite(batch)
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_layers_that_nothing_reads_are_left_out() -> None:
+    """LLaVA's vision tower goes on beyond the layer that is read; what overflows there changes no answer."""
+    model = HookedVLM.from_pretrained("toy-llava")
+    last = model.vision_encoder.blocks[-1]
+    with torch.no_grad():
+        last.mlp.down.bias.fill_(torch.inf)
+    sample = demo_sample()
+    model.check_finite(model.prepare(sample.image, sample.question))

@@ -85,6 +85,7 @@ class Llava(Family[LlavaConfig]):
         )
         return LlavaConfig(
             architecture=architecture,
+            lists_features=not isinstance(full.vision_feature_layer, int),
             vision=vision_config(vision, _feature_layers(full.vision_feature_layer, vision.num_hidden_layers)),
             text=text_config(text, ties_embeddings=bool(full.tie_word_embeddings) and _may_tie(state)),
             image_token_id=full.image_token_index,

@@ -73,7 +73,8 @@ def causal_trace(
         that give the source run by construction.
 
     Raises:
-        ValueError: a model that predicts no tokens; rows whose last positions differ; an unknown tower or site.
+        ValueError: a model that predicts no tokens; rows whose last positions differ; an unknown tower or site; no
+            positions of the kind that ``which`` says; a vision encoder's rows that are not the batch's.
     """
     _check(model, clean)
     if direction not in ("denoising", "noising"):

@@ -211,7 +211,8 @@ class HookedVLM(HookedModule):
     def check_finite(self, inputs: VLMInputs | Mapping[str, Any], **options: Any) -> None:
         """Run a forward, and say where in it numbers stop being finite, as half precision's do when they overflow.
 
-        A score of minus infinity is none: that is what a masked score may round to in float16.
+        A score of minus infinity is none: that is what a masked score may round to in float16. Layers that nothing
+        reads, as beyond LLaVA's feature layers, are left out.
 
         Raises:
             FloatingPointError: an activation holds infinity or NaN; names the first such hook point.
@@ -231,7 +232,8 @@ class HookedVLM(HookedModule):
 
         # Those that exist only where someone looks have nothing that others lack, and cost as much as all the rest.
         apart = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input")
-        names = [name for name in self.hook_names if not name.endswith(apart)]
+        unread = {point.name for tower in self.towers for point in getattr(self.get_submodule(tower), "unread", ())}
+        names = [name for name in self.hook_names if not name.endswith(apart) and name not in unread]
         self.run_with_hooks(inputs, fwd_hooks=[(names, check)], **options)
 
     def patch(
@@ -315,6 +317,9 @@ class HookedVLM(HookedModule):
             if text != told and text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(told) :]
                 told = text
+        rest = self.decode(found)[0]
+        if rest != told and rest.startswith(told):
+            yield rest[len(told) :]
 
     def _own_words(self, tokens: Int[Tensor, "b length"], prompt: Int[Tensor, "b prompt"]) -> Int[Tensor, "b _"]:
         """What of a generated sequence is told as its text: all of it, where the prompt is the text's beginning."""

@@ -141,7 +141,7 @@ class HookedLlava(HookedVLM):
         states = self.vision_encoder(pixels)
         if self.config.select == "default":
             states = states[:, 1:]
-            if self.config.pinpoints is None and len(self.config.vision.feature_layers or ()) > 1:
+            if self.config.pinpoints is None and self.config.lists_features:
                 # HF's LLaVA-1.5 joins several streams without their class tokens, and so packs them; in half precision
                 # a product over another layout rounds differently.
                 states = states.contiguous()

@@ -42,7 +42,7 @@ class ViT(Tower):
             beyond = (
                 () if config.pools else (*self.blocks[max(config.feature_layers) :], self.ln_post, self.hook_pooled)
             )
-            self._beyond = [point for module in beyond for point in module.modules() if isinstance(point, HookPoint)]
+            self.unread = [point for module in beyond for point in module.modules() if isinstance(point, HookPoint)]
 
     def forward(
         self, pixel_values: Float[Tensor, "b 3 height width"], *, interpolate_pos_encoding: bool = False
@@ -78,4 +78,4 @@ class ViT(Tower):
 
     @property
     def _is_looked_beyond(self) -> bool:
-        return any(point.is_hooked for point in self._beyond)
+        return any(point.is_hooked for point in self.unread)

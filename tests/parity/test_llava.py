@@ -82,17 +82,8 @@ def test_every_language_model(both, name: str, dtype: torch.dtype, attention: st
     assert_equal_to_hf(hf, ours, batch)
 
 
-FEATURE_CASES = [
-    (name, dtype)
-    for name in FEATURES
-    for dtype in DTYPES
-    # HF packs the features of a list even of one layer; ours does not tell that from the layer itself. In half
-    # precision a product over another layout rounds differently.
-    if (name, dtype) != ("the embeddings, listed", torch.bfloat16)
-]
-
-
-@pytest.mark.parametrize(("name", "dtype"), FEATURE_CASES)
+@every_dtype
+@pytest.mark.parametrize("name", FEATURES)
 @fast
 def test_every_choice_of_vision_features(both, name: str, dtype: torch.dtype) -> None:
     attention = "sdpa" if dtype == torch.float32 else "eager"

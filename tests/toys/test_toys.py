@@ -252,3 +252,82 @@ def test_the_batches_pixels_are_those_of_the_processor():
     scene, processor = toys.demo_sample().scene, llava.build_processor()
     values = processor.image_processor(scene.image, return_tensors="pt")["pixel_values"]
     assert (values - lessons.pixel_values([scene], processor.image_processor)).abs().max() < 1e-5
+
+
+# toy-llava in this library --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hooked_llava():
+    return HookedVLM.from_pretrained(llava.FOLDER)
+
+
+def test_the_hooked_llava_answers_every_kind(hooked_llava, unchecked):
+    for kind, row in evaluate(hooked_llava, n=300, seed=11).items():
+        assert row["n"] > 50, kind
+        assert row["exact"] >= 0.97, kind
+        assert row["sip"] >= 0.95, kind
+        assert row["str"] >= 0.95, kind
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_hooked_llava_says_what_hf_says(hf_llava, attention, unchecked):
+    """Token for token, in one padded batch of 50 questions, and beam by beam of a few."""
+    model = HookedVLM.from_pretrained(llava.FOLDER, attention=attention)
+    samples = list(generate(50, seed=14))
+    images, questions = [one.image for one in samples], [one.question for one in samples]
+    ours, theirs = model.prepare(images, questions), hf_llava.prepare(images, questions)
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        assert torch.equal(ours.tensors()[name], theirs[name]), name
+    expected = hf_llava.model.generate(**theirs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(ours, max_new_tokens=4, return_type="tokens"), expected)
+    few = {name: value[:6] for name, value in theirs.items()}
+    expected = hf_llava.model.generate(**few, max_new_tokens=4, num_beams=3, do_sample=False)
+    assert torch.equal(model.generate(few, max_new_tokens=4, num_beams=3, return_type="tokens"), expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hooked_llava_in_both_dtypes(hooked_llava, attention, dtype, unchecked):
+    model = HookedVLM.from_pretrained(llava.FOLDER, attention=attention, dtype=dtype)
+    assert (model.attention, model.dtype) == (attention, dtype)
+    samples = list(generate(40, seed=15))
+    inputs = model.prepare([one.image for one in samples], [one.question for one in samples])
+    answers = model.generate(inputs, max_new_tokens=4)
+    right = sum(answer == one.answer for answer, one in zip(answers, samples, strict=True))
+    assert right == 40 if dtype == torch.float32 else right >= 38
+    with torch.no_grad():
+        logits = model(inputs)
+        assert logits.dtype == dtype
+        assert (logits - hooked_llava(inputs))[:, -1].abs().max() < (1e-3 if dtype == torch.float32 else 1.0)
+
+
+def test_the_hooked_llava_is_saved_as_it_was_loaded(hooked_llava, tmp_path):
+    hooked_llava.save_hf(tmp_path / "saved")
+    one = toys.demo_sample()
+    again = HookedVLM.from_pretrained(tmp_path / "saved")
+    inputs, same = (model.prepare(one.image, one.question) for model in (hooked_llava, again))
+    with torch.no_grad():
+        assert torch.equal(again(same), hooked_llava(inputs))
+        theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved")
+        hf_inputs = AutoProcessor.from_pretrained(tmp_path / "saved")(
+            images=one.image, text=llava.prompt(one.question), return_tensors="pt"
+        )
+        assert torch.equal(theirs(**hf_inputs).logits, hooked_llava(inputs))
+    embedded = LlavaForConditionalGeneration.from_pretrained(toys.folder(llava.FOLDER)).state_dict()
+    assert embedded.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(value, embedded[name]) for name, value in theirs.state_dict().items())
+    assert again.generate(same) == [one.answer]
+
+
+def test_the_hooked_llava_is_asked_as_it_was_trained(hooked_llava):
+    one = toys.demo_sample()
+    inputs = hooked_llava.prepare(one.image, one.question)
+    assert inputs.texts[0].text == llava.prompt(one.question)
+    whole = hooked_llava.prepare(one.image, llava.prompt(one.question))
+    assert torch.equal(whole.input_ids, inputs.input_ids)
+    assert len(inputs.spans["image"].rows[0]) == 36
+    # Every object lies in one patch.
+    for item in one.objects:
+        (positions,) = inputs.positions_in(item.box).rows
+        assert positions == (inputs.spans["image"].rows[0][item.cell_index],)
