@@ -56,6 +56,7 @@ def load_pretrained(
     """What :meth:`HookedVLM.from_pretrained` does; ``choices`` are its model options."""
     if device is not None and device_map is not None:
         raise ValueError("give device or device_map, not both")
+    require_device(device)
     if quantization not in (None, "int8"):
         raise ValueError(f"quantization must be 'int8' or None, not {quantization!r}")
     if quantization is not None and device_map is not None:
@@ -94,6 +95,14 @@ def load_pretrained(
         processor = resolve(processor, None, token, cache_dir, local_files_only, weights=False)
     model._processor = processor or (path if path.is_dir() else None)
     return model
+
+
+def require_device(device: torch.device | str | None) -> None:
+    """Raise a ValueError that says so, where there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {device} here: {str(error).splitlines()[0]}") from error
 
 
 def load_hf_model(hf_model: nn.Module, *, processor: Any = None, **choices: Any) -> HookedVLM:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hooked_vlm.config import AttentionImplementation, ModelConfig, ViTModelConfig
 from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.loading import resolve
+from hooked_vlm.loading import require_device, resolve
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.verify.report import LOGITS, OUTPUT, Padding, Report, Row, versions
 from hooked_vlm.verify.sample import sample_inputs
@@ -118,7 +118,7 @@ def verify(
     if path.is_file() or _is_research(path):
         told = path.resolve().name
         raise ValueError(f"HF cannot load {told}; load it with HookedVLM, save_hf it, and verify that folder")
-    _require(device)
+    require_device(device)
     model = HookedVLM.from_pretrained(path)
     inputs, described = sample_inputs(model, image, question)
     config, names, ours = model.config, model.hook_names, attention or model.attention
@@ -200,13 +200,6 @@ def load_hf(
             path, dtype=dtype or "auto", attn_implementation=attention, local_files_only=True
         )
     return model.to(device or "cpu").eval()
-
-
-def _require(device: torch.device | str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {device} here: {str(error).splitlines()[0]}") from error
 
 
 def _hf_class(architecture: str) -> Any:
