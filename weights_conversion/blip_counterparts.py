@@ -7,38 +7,26 @@ reads. HF's last vision LayerNorm runs a second time, on a pooled output; the fi
 from __future__ import annotations
 
 from hooked_vlm.config import BlipTask
-from weights_conversion.counterparts import ABSENT, PARAMETER, Counterparts
+from weights_conversion.counterparts import ABSENT, PARAMETER, Counterparts, plain_mlp, pre_norm_block
 
 
 def _vision() -> Counterparts:
     block, layer = "vision_encoder.blocks.{l}.", "vision_model.encoder.layers.{l}"
     embeddings = "vision_model.embeddings"
-    return Counterparts(
-        ("vision_encoder.hook_patch_embed", f"{embeddings}.patch_embedding", "output, patches"),
-        ("vision_encoder.hook_cls_embed", f"{embeddings}.class_embedding", f"{PARAMETER}, each row"),
-        ("vision_encoder.hook_pos_embed", f"{embeddings}.position_embedding", f"{PARAMETER}, each row"),
-        ("vision_encoder.hook_full_embed", embeddings, "output"),
-        (f"{block}hook_resid_pre", layer, "input"),
-        (f"{block}hook_attn_in", f"{layer}.layer_norm1", "input"),
-        (f"{block}hook_q_input", f"{layer}.layer_norm1", "input, each head"),
-        (f"{block}hook_k_input", f"{layer}.layer_norm1", "input, each head"),
-        (f"{block}hook_v_input", f"{layer}.layer_norm1", "input, each head"),
-        (f"{block}ln1.hook_normalized", f"{layer}.layer_norm1", "output"),
-        (f"{block}attn.hook_q", f"{layer}.self_attn.qkv", "output, first third, heads"),
-        (f"{block}attn.hook_k", f"{layer}.self_attn.qkv", "output, second third, heads"),
-        (f"{block}attn.hook_v", f"{layer}.self_attn.qkv", "output, last third, heads"),
-        (f"{block}attn.hook_pattern", f"{layer}.self_attn", "output[1]"),
-        (f"{block}attn.hook_z", f"{layer}.self_attn.projection", "input, heads"),
-        (f"{block}hook_attn_out", f"{layer}.self_attn", "output[0]"),
-        (f"{block}hook_resid_mid", f"{layer}.layer_norm2", "input"),
-        (f"{block}hook_mlp_in", f"{layer}.layer_norm2", "input"),
-        (f"{block}ln2.hook_normalized", f"{layer}.layer_norm2", "output"),
-        (f"{block}mlp.hook_pre", f"{layer}.mlp.fc1", "output"),
-        (f"{block}mlp.hook_post", f"{layer}.mlp.fc2", "input"),
-        (f"{block}hook_mlp_out", f"{layer}.mlp", "output"),
-        (f"{block}hook_resid_post", layer, "output"),
-        ("vision_encoder.ln_post.hook_normalized", "vision_model.post_layernorm", "output"),
-        ("vision_encoder.hook_out", "vision_model", "output[0]"),
+    thirds = ("qkv: output, first third, heads", "qkv: output, second third, heads", "qkv: output, last third, heads")
+    norms = ("layer_norm1", "layer_norm2")
+    rows = pre_norm_block(block, layer, norms=norms, attention="self_attn", qkv=thirds, out="projection")
+    return (
+        rows
+        + plain_mlp(block, layer)
+        + Counterparts(
+            ("vision_encoder.hook_patch_embed", f"{embeddings}.patch_embedding", "output, patches"),
+            ("vision_encoder.hook_cls_embed", f"{embeddings}.class_embedding", f"{PARAMETER}, each row"),
+            ("vision_encoder.hook_pos_embed", f"{embeddings}.position_embedding", f"{PARAMETER}, each row"),
+            ("vision_encoder.hook_full_embed", embeddings, "output"),
+            ("vision_encoder.ln_post.hook_normalized", "vision_model.post_layernorm", "output"),
+            ("vision_encoder.hook_out", "vision_model", "output[0]"),
+        )
     )
 
 

@@ -7,34 +7,15 @@ reads.
 from __future__ import annotations
 
 from hooked_vlm.config import ClipConfig
-from weights_conversion.counterparts import ABSENT, PARAMETER, Counterparts
+from weights_conversion.counterparts import ABSENT, PARAMETER, SEPARATE_QKV, Counterparts, plain_mlp, pre_norm_block
 
 
 def blocks(tower: str, prefix: str) -> Counterparts:
     """CLIP's transformer layers; the same modules in both towers."""
     block, layer = f"{tower}.blocks.{{l}}.", f"{prefix}encoder.layers.{{l}}"
-    attention = f"{layer}.self_attn"
-    return Counterparts(
-        (f"{block}hook_resid_pre", layer, "input"),
-        (f"{block}hook_attn_in", f"{layer}.layer_norm1", "input"),
-        (f"{block}hook_q_input", f"{layer}.layer_norm1", "input, each head"),
-        (f"{block}hook_k_input", f"{layer}.layer_norm1", "input, each head"),
-        (f"{block}hook_v_input", f"{layer}.layer_norm1", "input, each head"),
-        (f"{block}ln1.hook_normalized", f"{layer}.layer_norm1", "output"),
-        (f"{block}attn.hook_q", f"{attention}.q_proj", "output, heads"),
-        (f"{block}attn.hook_k", f"{attention}.k_proj", "output, heads"),
-        (f"{block}attn.hook_v", f"{attention}.v_proj", "output, heads"),
-        (f"{block}attn.hook_pattern", attention, "output[1]"),
-        (f"{block}attn.hook_z", f"{attention}.out_proj", "input, heads"),
-        (f"{block}hook_attn_out", attention, "output[0]"),
-        (f"{block}hook_resid_mid", f"{layer}.layer_norm2", "input"),
-        (f"{block}hook_mlp_in", f"{layer}.layer_norm2", "input"),
-        (f"{block}ln2.hook_normalized", f"{layer}.layer_norm2", "output"),
-        (f"{block}mlp.hook_pre", f"{layer}.mlp.fc1", "output"),
-        (f"{block}mlp.hook_post", f"{layer}.mlp.fc2", "input"),
-        (f"{block}hook_mlp_out", f"{layer}.mlp", "output"),
-        (f"{block}hook_resid_post", layer, "output"),
-    )
+    norms = ("layer_norm1", "layer_norm2")
+    rows = pre_norm_block(block, layer, norms=norms, attention="self_attn", qkv=SEPARATE_QKV, out="out_proj")
+    return rows + plain_mlp(block, layer)
 
 
 def vision(prefix: str, feature_layers: tuple[int, ...]) -> Counterparts:

@@ -125,3 +125,49 @@ ABSENT = Counterparts(
     ("*.hook_result", None, "HF never takes attention's output apart by head; z and the output are compared"),
 )
 """What no model of HF's gives."""
+
+
+def pre_norm_block(
+    block: str, layer: str, *, norms: tuple[str, str], attention: str, qkv: tuple[str, str, str], out: str
+) -> Counterparts:
+    """A pre-LN block's rows, all but its MLP's inside.
+
+    Args:
+        block: our block's prefix.
+        layer: HF's layer.
+        norms: its normalisations, before attention and before the MLP.
+        attention, out: its attention, and in it the output projection.
+        qkv: for q, k and v, module and how, as ``"q_proj: output, heads"``.
+    """
+    before, between = (f"{layer}.{norm}" for norm in norms)
+    projections = [projected.split(": ") for projected in qkv]
+    return Counterparts(
+        (f"{block}hook_resid_pre", layer, "input"),
+        (f"{block}hook_attn_in", before, "input"),
+        *((f"{block}hook_{name}_input", before, "input, each head") for name in "qkv"),
+        (f"{block}ln1.hook_normalized", before, "output"),
+        *(
+            (f"{block}attn.hook_{name}", f"{layer}.{attention}.{module}", how)
+            for name, (module, how) in zip("qkv", projections, strict=True)
+        ),
+        (f"{block}attn.hook_pattern", f"{layer}.{attention}", "output[1]"),
+        (f"{block}attn.hook_z", f"{layer}.{attention}.{out}", "input, heads"),
+        (f"{block}hook_attn_out", f"{layer}.{attention}", "output[0]"),
+        (f"{block}hook_resid_mid", between, "input"),
+        (f"{block}hook_mlp_in", between, "input"),
+        (f"{block}ln2.hook_normalized", between, "output"),
+        (f"{block}hook_mlp_out", f"{layer}.mlp", "output"),
+        (f"{block}hook_resid_post", layer, "output"),
+    )
+
+
+def plain_mlp(block: str, layer: str) -> Counterparts:
+    """The rows inside a two-layer MLP."""
+    return Counterparts(
+        (f"{block}mlp.hook_pre", f"{layer}.mlp.fc1", "output"),
+        (f"{block}mlp.hook_post", f"{layer}.mlp.fc2", "input"),
+    )
+
+
+SEPARATE_QKV = ("q_proj: output, heads", "k_proj: output, heads", "v_proj: output, heads")
+"""Three projections, as in most of HF's models."""

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from hooked_vlm.config import LlamaConfig, LlavaConfig
 from weights_conversion.clip_counterparts import vision
-from weights_conversion.counterparts import ABSENT, Counterparts
+from weights_conversion.counterparts import ABSENT, SEPARATE_QKV, Counterparts, pre_norm_block
+
+FUSED_QKV = (
+    "qkv_proj: output, first columns, heads",
+    "qkv_proj: output, last but one columns, heads",
+    "qkv_proj: output, last columns, heads",
+)
+"""Phi-3."""
 
 _LANGUAGE_ABSENT = Counterparts(
     ("language_model.*.hook_scale", None, "a value inside the forward of HF's RMSNorm, which returns no scale"),
@@ -27,39 +34,19 @@ _PROJECTOR = Counterparts(
 def _language(config: LlamaConfig) -> Counterparts:
     tower, prefix = "language_model.", "model.language_model."
     block, layer = f"{tower}blocks.{{l}}.", f"{prefix}layers.{{l}}"
-    attention, mlp, norm = f"{layer}.self_attn", f"{layer}.mlp", f"{layer}.input_layernorm"
-    return Counterparts(
+    mlp, norms = f"{layer}.mlp", ("input_layernorm", "post_attention_layernorm")
+    qkv = FUSED_QKV if config.fused_qkv else SEPARATE_QKV
+    rows = pre_norm_block(block, layer, norms=norms, attention="self_attn", qkv=qkv, out="o_proj")
+    return rows + Counterparts(
         (f"{tower}hook_embed", f"{prefix}embed_tokens", "output"),
         (f"{tower}hook_merged_embed", f"{prefix}layers.0", "input"),
         (f"{tower}hook_full_embed", f"{prefix}layers.0", "input"),
-        (f"{block}hook_resid_pre", layer, "input"),
-        (f"{block}hook_attn_in", norm, "input"),
-        (f"{block}hook_q_input", norm, "input, each head"),
-        (f"{block}hook_k_input", norm, "input, each head"),
-        (f"{block}hook_v_input", norm, "input, each head"),
-        (f"{block}ln1.hook_normalized", norm, "output"),
-        *_queries_keys_values(f"{block}attn.", attention, fused=config.fused_qkv),
-        (f"{block}attn.hook_pattern", attention, "output[1]"),
-        (f"{block}attn.hook_z", f"{attention}.o_proj", "input, heads"),
-        (f"{block}hook_attn_out", attention, "output[0]"),
-        (f"{block}hook_resid_mid", f"{layer}.post_attention_layernorm", "input"),
-        (f"{block}hook_mlp_in", f"{layer}.post_attention_layernorm", "input"),
-        (f"{block}ln2.hook_normalized", f"{layer}.post_attention_layernorm", "output"),
         *_gate_and_up(f"{block}mlp.", mlp, fused=config.fused_gate),
         (f"{block}mlp.hook_post", f"{mlp}.down_proj", "input"),
-        (f"{block}hook_mlp_out", mlp, "output"),
-        (f"{block}hook_resid_post", layer, "output"),
         (f"{tower}ln_final.hook_normalized", f"{prefix}norm", "output"),
         (f"{tower}hook_out", f"{prefix}norm", "output"),
         (f"{tower}hook_logits", "lm_head", "output"),
     )
-
-
-def _queries_keys_values(hooks: str, attention: str, *, fused: bool) -> tuple[tuple[str, str, str], ...]:
-    if fused:
-        columns = {"q": "first columns", "k": "last but one columns", "v": "last columns"}
-        return tuple((f"{hooks}hook_{x}", f"{attention}.qkv_proj", f"output, {columns[x]}, heads") for x in "qkv")
-    return tuple((f"{hooks}hook_{x}", f"{attention}.{x}_proj", "output, heads") for x in "qkv")
 
 
 def _gate_and_up(hooks: str, mlp: str, *, fused: bool) -> tuple[tuple[str, str, str], ...]:
