@@ -1,6 +1,6 @@
 """The parts that every tower is built of, one copy each. What differs between towers is a config value."""
 
-from hooked_vlm.components.attention import Attention, KeyValues, Rotation
+from hooked_vlm.components.attention import Attention, KeyValues, Reader, Rotation
 from hooked_vlm.components.block import Block, LayerKnown, build_block
 from hooked_vlm.components.embedding import PatchEmbedding, TokenEmbedding
 from hooked_vlm.components.mask import Mask, bidirectional_mask, causal_mask
@@ -20,6 +20,7 @@ __all__ = [
     "Norm",
     "PatchEmbedding",
     "RMSNorm",
+    "Reader",
     "Rotary",
     "Rotation",
     "TokenEmbedding",

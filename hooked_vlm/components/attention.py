@@ -41,6 +41,10 @@ class Split(NamedTuple):
 Rotation = tuple[Float[Tensor, "#b p d_rotary"], Float[Tensor, "#b p d_rotary"]]
 """Cosines and sines of the positions."""
 
+Reader = Callable[["Attention", Tensor, Tensor | None, Tensor | None], Tensor]
+"""What reads keys and values in another way than query by query of one sequence: ``(attention, q, k, v) -> z``, each
+``[b p h d_head]`` as the hook points show it; ``k`` and ``v`` are None where cross-attention has none of its own."""
+
 
 @dataclass
 class KeyValues:
@@ -115,14 +119,16 @@ class Attention(nn.Module):
         known: KeyValues | None = None,
         rotation: Rotation | None = None,
         split: tuple[Split | None, ...] = (),
-    ) -> Float[Tensor, "b p d_model"]:
+        queries: Int[Tensor, " n"] | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b n d_model"]:
         """``known`` holds this layer's earlier keys and values and is extended; for cross-attention it is filled once.
 
-        ``split``: per-head inputs of q, k and v that were shown beside ``x``.
+        ``split``: per-head inputs of q, k and v that were shown beside ``x``. ``queries``: which positions of ``x``
+        have an output, by default all.
         """
         if self.is_cross:
-            assert other is not None
-            q, (k, v) = self.hook_q(self._heads(self.q(x))), self._other_keys(other, known)
+            q, k, v = self.hook_q(self._heads(self.q(x))), *self._other_keys(other, known)
         else:
             q, k, v = self._project(x)
             if any(split):
@@ -130,9 +136,13 @@ class Attention(nn.Module):
             q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
             if rotation is not None:
                 q, k = self.hook_rot_q(_rotated(q, rotation)), self.hook_rot_k(_rotated(k, rotation))
-            k, v = self._remember(k, v, known)
-        z = self._attend(q.transpose(1, 2), k, v, mask)
-        return self._output(self.hook_z(z.transpose(1, 2)))
+        if queries is not None:
+            q = q[:, queries]
+        if reader is None:
+            z = self._attend(q.transpose(1, 2), *self._remember(k, v, known), mask).transpose(1, 2)
+        else:
+            z = reader(self, q, k, v)
+        return self._output(self.hook_z(z))
 
     def _heads(self, projected: Float[Tensor, "b p hd"]) -> Float[Tensor, "b p h d_head"]:
         return projected.view(*projected.shape[:2], -1, self.d_head)
@@ -160,21 +170,29 @@ class Attention(nn.Module):
         return projected if bias is None else projected + bias
 
     def _other_keys(
-        self, other: Float[Tensor, "b k d_other"], known: KeyValues | None
-    ) -> tuple[Float[Tensor, "b kv k d_head"], Float[Tensor, "b kv k d_head"]]:
-        if known is not None and known.keys is not None and known.values is not None:
-            return known.keys, known.values
-        k, v = self.hook_k(self._heads(self.k(other))), self.hook_v(self._heads(self.v(other)))
-        return self._remember(k, v, known)
+        self, other: Float[Tensor, "b k d_other"] | None, known: KeyValues | None
+    ) -> tuple[Float[Tensor, "b k kv d_head"] | None, Float[Tensor, "b k kv d_head"] | None]:
+        """None where they are known."""
+        if other is None or (known is not None and known.keys is not None):
+            return None, None
+        return self.hook_k(self._heads(self.k(other))), self.hook_v(self._heads(self.v(other)))
 
     def _remember(
-        self, k: Float[Tensor, "b p kv d_head"], v: Float[Tensor, "b p kv d_head"], known: KeyValues | None
+        self,
+        k: Float[Tensor, "b p kv d_head"] | None,
+        v: Float[Tensor, "b p kv d_head"] | None,
+        known: KeyValues | None,
     ) -> tuple[Float[Tensor, "b kv k d_head"], Float[Tensor, "b kv k d_head"]]:
         """All keys and values there are now, head by head."""
+        if k is None or v is None:
+            assert known is not None
+            assert known.keys is not None
+            assert known.values is not None
+            return known.keys, known.values
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if known is not None:
-            return known.extend(k, v)
-        return (k.contiguous(), v.contiguous()) if self.packs_keys else (k, v)
+        if self.packs_keys:
+            k, v = k.contiguous(), v.contiguous()
+        return (k, v) if known is None else known.extend(k, v)
 
     def _attend(
         self,

@@ -5,12 +5,13 @@ Axes: b batch, p position, h head, kv head of keys and values, k the other tower
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components.attention import Attention, KeyValues, Rotation, Split
+from hooked_vlm.components.attention import Attention, KeyValues, Reader, Rotation, Split
 from hooked_vlm.components.mask import Mask
 from hooked_vlm.components.mlp import build_mlp
 from hooked_vlm.components.norm import Norm, build_norm
@@ -37,6 +38,52 @@ class Block(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
         self.has_cross_attention = config.d_cross is not None
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "b p d_model"],
+        *,
+        mask: Mask | None = None,
+        known: LayerKnown | None = None,
+        other: Float[Tensor, "b k d_other"] | None = None,
+        other_mask: Mask | None = None,
+        rotation: Rotation | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        stream = self.attend(resid_pre, mask=mask, known=None if known is None else known.attn, rotation=rotation)
+        if self.has_cross_attention and other is not None:
+            stream = self.cross_attend(
+                stream, other, mask=other_mask, known=None if known is None else known.cross_attn
+            )
+        return self.feed_forward(stream)
+
+    @abstractmethod
+    def attend(
+        self,
+        stream: Float[Tensor, "b p d_model"],
+        *,
+        mask: Mask | None = None,
+        known: KeyValues | None = None,
+        rotation: Rotation | None = None,
+        queries: Int[Tensor, " n"] | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b n d_model"]:
+        """The stream after self-attention, at the positions ``queries`` (by default all)."""
+
+    @abstractmethod
+    def cross_attend(
+        self,
+        stream: Float[Tensor, "b p d_model"],
+        other: Float[Tensor, "_ k d_other"] | None,
+        *,
+        mask: Mask | None = None,
+        known: KeyValues | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        """The stream after cross-attention over ``other``."""
+
+    @abstractmethod
+    def feed_forward(self, stream: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
+        """The stream after the MLP."""
 
     def _build_attention_inputs(self) -> None:
         self.hook_attn_in = _residual()
@@ -86,27 +133,46 @@ class PreNormBlock(Block):
         self.hook_mlp_out = HookPoint("b p d_model")
         self.hook_resid_post = _residual()
 
-    def forward(
+    def attend(
         self,
-        resid_pre: Float[Tensor, "b p d_model"],
+        stream: Float[Tensor, "b p d_model"],
         *,
         mask: Mask | None = None,
-        known: LayerKnown | None = None,
-        other: Float[Tensor, "b k d_other"] | None = None,
-        other_mask: Mask | None = None,
+        known: KeyValues | None = None,
         rotation: Rotation | None = None,
-    ) -> Float[Tensor, "b p d_model"]:
-        resid_pre = self.hook_resid_pre(resid_pre)
-        attn_in = self.hook_attn_in(resid_pre)
+        queries: Int[Tensor, " n"] | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b n d_model"]:
+        stream = self.hook_resid_pre(stream)
+        attn_in = self.hook_attn_in(stream)
         split = self._split(attn_in, self.ln1)
-        attn_out = self.attn(self.ln1(attn_in), mask=mask, known=known and known.attn, rotation=rotation, split=split)
-        resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(attn_out))
-        if self.has_cross_attention and other is not None:
-            cross_in = self.ln_cross(self.hook_cross_attn_in(resid_mid))
-            cross_out = self.cross_attn(cross_in, other=other, mask=other_mask, known=known and known.cross_attn)
-            resid_mid = self.hook_resid_mid_cross(resid_mid + self.hook_cross_attn_out(cross_out))
-        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid_mid))))
-        return self.hook_resid_post(resid_mid + mlp_out)
+        attn_out = self.attn(
+            self.ln1(attn_in),
+            mask=mask,
+            known=known,
+            rotation=rotation,
+            split=split,
+            queries=queries,
+            reader=reader,
+        )
+        return self.hook_resid_mid(_at(stream, queries) + self.hook_attn_out(attn_out))
+
+    def cross_attend(
+        self,
+        stream: Float[Tensor, "b p d_model"],
+        other: Float[Tensor, "_ k d_other"] | None,
+        *,
+        mask: Mask | None = None,
+        known: KeyValues | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        cross_in = self.ln_cross(self.hook_cross_attn_in(stream))
+        cross_out = self.cross_attn(cross_in, other=other, mask=mask, known=known, reader=reader)
+        return self.hook_resid_mid_cross(stream + self.hook_cross_attn_out(cross_out))
+
+    def feed_forward(self, stream: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
+        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(stream))))
+        return self.hook_resid_post(stream + mlp_out)
 
 
 class PostNormBlock(Block):
@@ -135,28 +201,45 @@ class PostNormBlock(Block):
         self.ln2 = build_norm(config)
         self.hook_normalized_resid_post = _residual()
 
-    def forward(
+    def attend(
         self,
-        resid_pre: Float[Tensor, "b p d_model"],
+        stream: Float[Tensor, "b p d_model"],
         *,
         mask: Mask | None = None,
-        known: LayerKnown | None = None,
-        other: Float[Tensor, "b k d_other"] | None = None,
-        other_mask: Mask | None = None,
+        known: KeyValues | None = None,
         rotation: Rotation | None = None,
-    ) -> Float[Tensor, "b p d_model"]:
-        stream = self.hook_resid_pre(resid_pre)
+        queries: Int[Tensor, " n"] | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b n d_model"]:
+        stream = self.hook_resid_pre(stream)
         attn_in = self.hook_attn_in(stream)
         attn_out = self.attn(
-            attn_in, mask=mask, known=known and known.attn, rotation=rotation, split=self._split(attn_in, None)
+            attn_in,
+            mask=mask,
+            known=known,
+            rotation=rotation,
+            split=self._split(attn_in, None),
+            queries=queries,
+            reader=reader,
         )
-        stream = self.ln1(self.hook_resid_mid(stream + self.hook_attn_out(attn_out)))
-        stream = self.hook_normalized_resid_mid(stream)
-        if self.has_cross_attention and other is not None:
-            cross_in = self.hook_cross_attn_in(stream)
-            cross_out = self.cross_attn(cross_in, other=other, mask=other_mask, known=known and known.cross_attn)
-            stream = self.ln_cross(self.hook_resid_mid_cross(stream + self.hook_cross_attn_out(cross_out)))
-            stream = self.hook_normalized_resid_mid_cross(stream)
+        stream = self.hook_resid_mid(_at(stream, queries) + self.hook_attn_out(attn_out))
+        return self.hook_normalized_resid_mid(self.ln1(stream))
+
+    def cross_attend(
+        self,
+        stream: Float[Tensor, "b p d_model"],
+        other: Float[Tensor, "_ k d_other"] | None,
+        *,
+        mask: Mask | None = None,
+        known: KeyValues | None = None,
+        reader: Reader | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        cross_in = self.hook_cross_attn_in(stream)
+        cross_out = self.cross_attn(cross_in, other=other, mask=mask, known=known, reader=reader)
+        stream = self.hook_resid_mid_cross(stream + self.hook_cross_attn_out(cross_out))
+        return self.hook_normalized_resid_mid_cross(self.ln_cross(stream))
+
+    def feed_forward(self, stream: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
         mlp_out = self.hook_mlp_out(self.mlp(self.hook_mlp_in(stream)))
         return self.hook_normalized_resid_post(self.ln2(self.hook_resid_post(stream + mlp_out)))
 
@@ -169,3 +252,7 @@ def build_block(config: TowerConfig, implementation: AttentionImplementation) ->
 def _residual() -> HookPoint:
     # Whoever hooks one reader of the residual must not write into the others' tensor.
     return HookPoint("b p d_model", aliased=True)
+
+
+def _at(stream: Float[Tensor, "b p d_model"], queries: Int[Tensor, " n"] | None) -> Float[Tensor, "b n d_model"]:
+    return stream if queries is None else stream[:, queries]

@@ -178,6 +178,20 @@ class HookedVLM(HookedModule):
         """Logits: ``[b p d_vocab]`` where the model predicts tokens."""
 
     @abstractmethod
+    def enter(
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+    ) -> Float[Tensor, "_ p d_model"]:
+        """What a tower's first block reads, given what the towers before it put out (``hook_out``)."""
+
+    @abstractmethod
+    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "_ ..."]:
+        """What :meth:`forward` returns, given what the towers put out."""
+
+    def positions_read(self, tower: str, inputs: VLMInputs) -> list[int] | None:
+        """The positions of a tower's output that anything reads; None where all may be."""
+        return None
+
+    @abstractmethod
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and texts, through the checkpoint's own processor."""
 

@@ -42,6 +42,20 @@ class Bert(Tower):
             if config.ties_embeddings:
                 self.unembed.decoder.weight = self.embed.token.weight
 
+    def embed_tokens(
+        self,
+        input_ids: Int[Tensor, "b p"],
+        *,
+        known: Known | None = None,
+        position_ids: Int[Tensor, "b p"] | None = None,
+    ) -> Float[Tensor, "b p d_model"]:
+        """What block 0 reads."""
+        self.n_known = 0 if known is None else len(known)
+        batch, n_new = input_ids.shape
+        tokens = self.hook_embed(self.embed.token(input_ids))
+        pos = shown(self.hook_pos_embed, self.embed.positions(self.n_known, n_new, position_ids), batch)
+        return self.hook_full_embed(self.ln_pre(tokens + pos))
+
     def forward(
         self,
         input_ids: Int[Tensor, "b p"],
@@ -60,18 +74,17 @@ class Bert(Tower):
             other_attention_mask: 0 for states of ``other`` that nobody may read.
             known: keys and values of earlier positions, extended by this call.
         """
-        batch, n_new = input_ids.shape
-        self.n_known = n_known = 0 if known is None else len(known)
-        dtype = self.embed.token.weight.dtype
-        tokens = self.hook_embed(self.embed.token(input_ids))
-        pos = shown(self.hook_pos_embed, self.embed.positions(n_known, n_new, position_ids), batch)
-        resid = self.hook_full_embed(self.ln_pre(tokens + pos))
+        resid = self.embed_tokens(input_ids, known=known, position_ids=position_ids)
+        n_new, dtype = input_ids.shape[1], self.embed.token.weight.dtype
         if self.config.is_causal:
-            mask = causal_mask(attention_mask, n_new, n_known, dtype, input_ids.device)
+            mask = causal_mask(attention_mask, n_new, self.n_known, dtype, input_ids.device)
         else:
             mask = bidirectional_mask(attention_mask, n_new, dtype)
         other_mask = bidirectional_mask(other_attention_mask, n_new, dtype)
-        return self.hook_out(self.run_blocks(resid, mask=mask, known=known, other=other, other_mask=other_mask))
+        return self.read_out(self.run_blocks(resid, mask=mask, known=known, other=other, other_mask=other_mask))
+
+    def read_out(self, resid: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
+        return self.hook_out(resid)
 
     def logits(self, states: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_vocab"]:
         """The head: dense, GELU, LayerNorm, vocabulary."""

@@ -85,9 +85,17 @@ class HookedBlip(HookedVLM):
 
     def encode_image(self, inputs: VLMInputs) -> Float[Tensor, "b p_image d_vision"]:
         """The image embeddings, class token first."""
-        if inputs.pixel_values is None:
-            raise ValueError("BLIP needs pixel_values")
-        return self.vision_encoder(inputs.pixel_values, interpolate_pos_encoding=inputs.interpolate_pos_encoding)
+        return self.vision_encoder(_pixels(inputs), interpolate_pos_encoding=inputs.interpolate_pos_encoding)
+
+    def enter(
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+    ) -> Float[Tensor, "b p d_model"]:
+        if tower == "vision_encoder":
+            return self.vision_encoder.embed_patches(
+                _pixels(inputs), interpolate_pos_encoding=inputs.interpolate_pos_encoding
+            )
+        text: Any = self.get_submodule(tower)
+        return text.embed_tokens(self._tower_ids(inputs, tower)[0])
 
     text_places: ClassVar[dict[str, Any]]
     """Which tower reads the text, what the span of its words is called, and which tower ``last`` is in."""
@@ -154,7 +162,12 @@ class HookedBlipVQA(HookedBlip):
             other=question,
             other_attention_mask=self._question_mask(inputs),
         )
-        return self.answer_decoder.logits(states)
+        return self.leave({"answer_decoder": states}, inputs)
+
+    def leave(
+        self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs
+    ) -> Float[Tensor, "b p_answer d_vocab"]:
+        return self.answer_decoder.logits(states["answer_decoder"])
 
     def encode_question(self, inputs: VLMInputs) -> Float[Tensor, "b p_question d_model"]:
         """The question's states, the image looked at."""
@@ -278,7 +291,10 @@ class HookedBlipCaption(HookedBlip):
         inputs = self._inputs(inputs)
         image = self.encode_image(inputs)
         ids, mask = self._tower_ids(inputs, "text_decoder")
-        return self.text_decoder.logits(self.text_decoder(ids, mask, other=image))
+        return self.leave({"text_decoder": self.text_decoder(ids, mask, other=image)}, inputs)
+
+    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b p d_vocab"]:
+        return self.text_decoder.logits(states["text_decoder"])
 
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures, and from the beginnings of captions where ``texts`` are given.
@@ -347,15 +363,23 @@ class HookedBlipRetrieval(HookedBlip):
             raise ValueError("BLIP retrieval needs a text's input_ids")
         image = self.encode_image(inputs)
         if use_itm_head:
-            ids = inputs.input_ids
-            if self.config.variant == "original":
-                ids = self._first_token(ids, self.config.enc_token_id)
-            text = self.text_encoder(ids, inputs.attention_mask, other=image)
-            return self.hook_itm_logits(self.itm_head(text[:, 0]))
+            text = self.text_encoder(*self._tower_ids(inputs, "text_encoder"), other=image)
+            return self.leave({"text_encoder": text}, inputs)
         text = self.text_encoder(inputs.input_ids, inputs.attention_mask)
         image_embeds = self.hook_image_embeds(F.normalize(self.vision_proj(image[:, 0]), dim=-1))
         text_embeds = self.hook_text_embeds(F.normalize(self.text_proj(text[:, 0]), dim=-1))
         return image_embeds @ text_embeds.T
+
+    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b match"]:
+        """By the matching head."""
+        return self.hook_itm_logits(self.itm_head(states["text_encoder"][:, 0]))
+
+    def positions_read(self, tower: str, inputs: VLMInputs) -> list[int] | None:
+        return [0] if tower == "text_encoder" else None
+
+    def _tower_ids(self, inputs: VLMInputs, tower: str) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"] | None]:
+        ids, mask = super()._tower_ids(inputs, tower)
+        return self._first_token(ids, self.config.enc_token_id) if self.config.variant == "original" else ids, mask
 
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and texts. Spans: ``image``, ``text``, ``last`` (where the heads read: ``[CLS]``)."""
@@ -365,3 +389,9 @@ class HookedBlipRetrieval(HookedBlip):
 
     def _start_decoding(self, inputs: VLMInputs) -> tuple[BertDecoding, Int[Tensor, "b prompt"]]:
         raise TypeError("a retrieval model does not generate text")
+
+
+def _pixels(inputs: VLMInputs) -> Float[Tensor, "b 3 height width"]:
+    if inputs.pixel_values is None:
+        raise ValueError("BLIP needs pixel_values")
+    return inputs.pixel_values

@@ -44,11 +44,17 @@ class ClipText(Tower):
         self, input_ids: Int[Tensor, "b p"], attention_mask: Int[Tensor, "b p"] | None = None
     ) -> Float[Tensor, "b p d_model"]:
         """States ``[b p d_model]`` after the last LayerNorm."""
+        resid = self.embed_tokens(input_ids)
+        mask = causal_mask(attention_mask, input_ids.shape[1], 0, resid.dtype, resid.device)
+        return self.read_out(self.run_blocks(resid, mask=mask))
+
+    def embed_tokens(self, input_ids: Int[Tensor, "b p"]) -> Float[Tensor, "b p d_model"]:
+        """What block 0 reads."""
         batch, n_tokens = input_ids.shape
         tokens = self.hook_embed(self.embed.token(input_ids))
-        pos = shown(self.hook_pos_embed, self.embed.positions(0, n_tokens), batch)
-        mask = causal_mask(attention_mask, n_tokens, 0, tokens.dtype, tokens.device)
-        resid = self.run_blocks(self.hook_full_embed(tokens + pos), mask=mask)
+        return self.hook_full_embed(tokens + shown(self.hook_pos_embed, self.embed.positions(0, n_tokens), batch))
+
+    def read_out(self, resid: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
         return self.hook_out(self.ln_final(resid))
 
     def pooled(self, states: Float[Tensor, "b p d_model"], input_ids: Int[Tensor, "b p"]) -> Float[Tensor, "b d_model"]:
@@ -84,25 +90,51 @@ class HookedClip(HookedVLM):
     def forward(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b_image b_text"]:
         """Cosines of image and text embeddings, times the learned scale: HF's ``logits_per_image``."""
         inputs = self._inputs(inputs)
-        image, text = self.encode_image(inputs), self.encode_text(inputs)
+        return self._compared(self.encode_image(inputs), self.encode_text(inputs))
+
+    def enter(
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+    ) -> Float[Tensor, "_ p d_model"]:
+        if tower == "text_encoder":
+            return self.text_encoder.embed_tokens(_ids(inputs))
+        return self.vision_encoder.embed_patches(
+            _pixels(inputs), interpolate_pos_encoding=inputs.interpolate_pos_encoding
+        )
+
+    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b_image b_text"]:
+        image, text = (
+            self._embed_image(states["vision_encoder"]),
+            self._embed_text(states["text_encoder"], _ids(inputs)),
+        )
+        return self._compared(image, text)
+
+    def positions_read(self, tower: str, inputs: VLMInputs) -> list[int] | None:
+        return [0] if tower == "vision_encoder" else self.text_encoder.read_at(_ids(inputs)).unique().tolist()
+
+    def _compared(
+        self, image: Float[Tensor, "b_image d_projection"], text: Float[Tensor, "b_text d_projection"]
+    ) -> Float[Tensor, "b_image b_text"]:
         return self.hook_logits((text @ image.T * self.logit_scale.exp()).T)
 
     def encode_image(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b_image d_projection"]:
         """Each image's embedding, of length 1."""
         inputs = self._inputs(inputs)
-        if inputs.pixel_values is None:
-            raise ValueError("CLIP needs pixel_values")
-        states = self.vision_encoder(inputs.pixel_values, interpolate_pos_encoding=inputs.interpolate_pos_encoding)
+        pixels = _pixels(inputs)
+        return self._embed_image(self.vision_encoder(pixels, interpolate_pos_encoding=inputs.interpolate_pos_encoding))
+
+    def _embed_image(self, states: Float[Tensor, "b_image p d_model"]) -> Float[Tensor, "b_image d_projection"]:
         return self.hook_image_embeds(_of_length_1(self.vision_proj(self.vision_encoder.pooled(states))))
 
     def encode_text(self, inputs: VLMInputs | Mapping[str, Any]) -> Float[Tensor, "b_text d_projection"]:
         """Each text's embedding, of length 1."""
         inputs = self._inputs(inputs)
-        if inputs.input_ids is None:
-            raise ValueError("CLIP needs a text's input_ids")
-        states = self.text_encoder(inputs.input_ids, inputs.attention_mask)
-        pooled = self.text_encoder.pooled(states, inputs.input_ids)
-        return self.hook_text_embeds(_of_length_1(self.text_proj(pooled)))
+        ids = _ids(inputs)
+        return self._embed_text(self.text_encoder(ids, inputs.attention_mask), ids)
+
+    def _embed_text(
+        self, states: Float[Tensor, "b_text p d_model"], ids: Int[Tensor, "b_text p"]
+    ) -> Float[Tensor, "b_text d_projection"]:
+        return self.hook_text_embeds(_of_length_1(self.text_proj(self.text_encoder.pooled(states, ids))))
 
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures, texts or both, each as many as there are; texts pad on the right.
@@ -142,6 +174,18 @@ class HookedClip(HookedVLM):
 
     def _start_decoding(self, inputs: VLMInputs) -> tuple[Decoding, Int[Tensor, "b prompt"]]:
         raise TypeError("CLIP does not generate text")
+
+
+def _pixels(inputs: VLMInputs) -> Float[Tensor, "b_image 3 height width"]:
+    if inputs.pixel_values is None:
+        raise ValueError("CLIP needs pixel_values")
+    return inputs.pixel_values
+
+
+def _ids(inputs: VLMInputs) -> Int[Tensor, "b_text p"]:
+    if inputs.input_ids is None:
+        raise ValueError("CLIP needs a text's input_ids")
+    return inputs.input_ids
 
 
 def _of_length_1(embeds: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

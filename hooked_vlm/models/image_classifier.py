@@ -42,14 +42,28 @@ class HookedViT(HookedVLM):
         """``[b n_classes]``: the class token's logits; with a pooler ``[b d_pooled]``: its output; with neither
         ``[b p d_model]``: the tower's states."""
         inputs = self._inputs(inputs)
-        if inputs.pixel_values is None:
-            raise ValueError("a vision transformer needs pixel_values")
-        states = self.vision_encoder(inputs.pixel_values, interpolate_pos_encoding=inputs.interpolate_pos_encoding)
+        pixels, interpolate = _pixels(inputs), inputs.interpolate_pos_encoding
+        states = self.vision_encoder(pixels, interpolate_pos_encoding=interpolate)
+        return self.leave({"vision_encoder": states}, inputs)
+
+    def enter(
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+    ) -> Float[Tensor, "b p d_model"]:
+        pixels, interpolate = _pixels(inputs), inputs.interpolate_pos_encoding
+        return self.vision_encoder.embed_patches(pixels, interpolate_pos_encoding=interpolate)
+
+    def leave(
+        self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs
+    ) -> Float[Tensor, "b n_classes"] | Float[Tensor, "b d_pooled"] | Float[Tensor, "b p d_model"]:
+        image = states["vision_encoder"]
         if self.config.n_classes:
-            return self.hook_logits(self.classifier(states[:, 0]))
+            return self.hook_logits(self.classifier(image[:, 0]))
         if self.config.d_pooled:
-            return self.hook_pooled(self.act(self.pooler(states[:, 0])))
-        return states
+            return self.hook_pooled(self.act(self.pooler(image[:, 0])))
+        return image
+
+    def positions_read(self, tower: str, inputs: VLMInputs) -> list[int] | None:
+        return [0] if self.config.n_classes or self.config.d_pooled else None
 
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures. Spans: ``image`` (patches), ``last`` (the class token, which the classifier reads)."""
@@ -66,3 +80,9 @@ class HookedViT(HookedVLM):
 
     def _start_decoding(self, inputs: VLMInputs) -> tuple[Decoding, Int[Tensor, "b prompt"]]:
         raise TypeError("a vision transformer does not generate text")
+
+
+def _pixels(inputs: VLMInputs) -> Float[Tensor, "b 3 height width"]:
+    if inputs.pixel_values is None:
+        raise ValueError("a vision transformer needs pixel_values")
+    return inputs.pixel_values

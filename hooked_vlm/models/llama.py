@@ -67,11 +67,18 @@ class Llama(Tower):
             for window in set(windows)
         }
         resid = self.run_blocks(
-            self.hook_full_embed(self.hook_merged_embed(embeds)),
+            self.merged(embeds),
             mask=[masks[window] for window in windows],
             known=known,
             rotation=self.rotary(position_ids, embeds.dtype),
         )
+        return self.read_out(resid)
+
+    def merged(self, embeds: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
+        """What block 0 reads, of token embeddings with the image features in place."""
+        return self.hook_full_embed(self.hook_merged_embed(embeds))
+
+    def read_out(self, resid: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_model"]:
         return self.hook_out(self.ln_final(resid))
 
     def logits(self, states: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_vocab"]:

@@ -111,10 +111,25 @@ class HookedLlava(HookedVLM):
         """Logits ``[b p d_vocab]`` after each position, those of images too."""
         inputs = self._inputs(inputs)
         states = self.language_model(self.embed(inputs), inputs.attention_mask)
-        return self.language_model.logits(states)
+        return self.leave({"language_model": states}, inputs)
 
-    def embed(self, inputs: VLMInputs) -> Float[Tensor, "b p d_model"]:
-        """Token embeddings, with the images' features in the places of image tokens."""
+    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b p d_vocab"]:
+        return self.language_model.logits(states["language_model"])
+
+    def enter(
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+    ) -> Float[Tensor, "_ p d_model"]:
+        if tower == "vision_encoder":
+            return self.vision_encoder.embed_patches(self._tiles(inputs))
+        return self.language_model.merged(self.embed(inputs, states.get("vision_encoder")))
+
+    def embed(
+        self, inputs: VLMInputs, seen: Float[Tensor, "_ p d_features"] | None = None
+    ) -> Float[Tensor, "b p d_model"]:
+        """Token embeddings, with the images' features in the places of image tokens.
+
+        ``seen``: what the vision tower put out, where that is known.
+        """
         assert inputs.input_ids is not None
         ids = inputs.input_ids
         is_image = ids == self.config.image_token_id
@@ -123,29 +138,34 @@ class HookedLlava(HookedVLM):
             ids = ids.masked_fill(is_image, 0)
         # Rows without an image, taken from a batch that has some, come with pixel_values of no image.
         has_images = inputs.pixel_values is not None and len(inputs.pixel_values) > 0
-        features = self.encode_images(inputs) if has_images else None
+        features = self.encode_images(inputs, seen) if has_images else None
         embeds = self.language_model.embed_tokens(ids)
         return embeds if features is None else embeds.masked_scatter(is_image[..., None], features.to(embeds))
 
-    def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "n_features d_model"]:
+    def encode_images(
+        self, inputs: VLMInputs, seen: Float[Tensor, "_ p d_features"] | None = None
+    ) -> Float[Tensor, "n_features d_model"]:
         """All images' features, one after the other, as the language model reads them."""
-        pixels = inputs.pixel_values
-        assert pixels is not None
-        if self.config.pinpoints is None:
-            return rearrange(self._project(pixels), "image p d -> (image p) d")
-        counts = self._tile_counts(inputs)
-        tiles = torch.cat([own[:count] for own, count in zip(pixels, counts, strict=True)])
-        return self._packed(self._project(tiles), inputs, counts)
-
-    def _project(self, pixels: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b p d_model"]:
-        states = self.vision_encoder(pixels)
+        states = self.vision_encoder(self._tiles(inputs)) if seen is None else seen
         if self.config.select == "default":
             states = states[:, 1:]
             if self.config.pinpoints is None and self.config.lists_features:
                 # HF's LLaVA-1.5 joins several streams without their class tokens, and so packs them; in half precision
                 # a product over another layout rounds differently.
                 states = states.contiguous()
-        return self.projector(states)
+        features = self.projector(states)
+        if self.config.pinpoints is None:
+            return rearrange(features, "image p d -> (image p) d")
+        return self._packed(features, inputs, self._tile_counts(inputs))
+
+    def _tiles(self, inputs: VLMInputs) -> Float[Tensor, "_ 3 height width"]:
+        """What the vision tower looks at, one after the other."""
+        pixels = inputs.pixel_values
+        assert pixels is not None
+        if self.config.pinpoints is None:
+            return pixels
+        counts = self._tile_counts(inputs)
+        return torch.cat([own[:count] for own, count in zip(pixels, counts, strict=True)])
 
     def _packed(
         self, features: Float[Tensor, "tile p d_model"], inputs: VLMInputs, counts: Sequence[int]

@@ -49,16 +49,21 @@ class ViT(Tower):
     ) -> Float[Tensor, "b p d_features"]:
         resid = self.embed_patches(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if self.config.feature_layers is None:
-            return self.hook_out(self.ln_post(self.run_blocks(resid)))
+            return self.read_out(self.run_blocks(resid))
         streams, done = {0: resid}, 0
         for layer in sorted({*self.config.feature_layers, *([len(self.blocks)] if self._is_looked_beyond else [])}):
             streams[layer] = resid = self.run_blocks(resid, start=done, stop=layer)
             done = layer
-        chosen = [streams[layer] for layer in self.config.feature_layers]
-        features = self.hook_out(chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1))
+        features = self.read_out(*(streams[layer] for layer in self.config.feature_layers))
         if self._is_looked_beyond:
             self.pooled(resid)
         return features
+
+    def read_out(self, *streams: Float[Tensor, "b p d_model"]) -> Float[Tensor, "b p d_features"]:
+        """What other towers read, of the last stream, or of those of ``feature_layers``."""
+        if self.config.feature_layers is None:
+            return self.hook_out(self.ln_post(*streams))
+        return self.hook_out(streams[0] if len(streams) == 1 else torch.cat(streams, dim=-1))
 
     def embed_patches(
         self, pixel_values: Float[Tensor, "b 3 height width"], *, interpolate_pos_encoding: bool = False
