@@ -22,20 +22,20 @@ from hooked_vlm.hook_point import HookFunction, HookPoint
 from hooked_vlm.hooks import match_names
 from hooked_vlm.inputs import Span, VLMInputs
 from hooked_vlm.models import HookedVLM
-
-Indices = int | Sequence[int] | Tensor
-"""Indices (negative ones from the end), or a boolean mask."""
-
-Positions = Indices | str | Span | None
-"""Indices, a mask ``[p]`` or one for each row ``[b p]``, a span or its name or its text, or all."""
+from hooked_vlm.selection import (
+    EditError,
+    Indices,
+    Part,
+    Positions,
+    index_mask,
+    position_axis,
+    position_mask,
+    positions_of,
+    spread,
+    whole_shape,
+)
 
 SCORES = "hook_attn_scores"
-APART = ("hook_patch_embed", "hook_cls_embed")
-"""Hook points whose positions are not those of their tower's stream, which spans count."""
-
-
-class EditError(ValueError):
-    """An edit that does not fit its site, its source, or the inputs it is applied to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,78 +54,99 @@ class Edit(ABC):
     heads: Indices | None = field(default=None, kw_only=True)
     neurons: Indices | None = field(default=None, kw_only=True)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether what it puts at a position depends on that position alone, so that others need not be at hand."""
+        return False
+
     @abstractmethod
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
-        """What takes the place of the selected part; broadcasts against the activation."""
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
+        """What takes the place of the selected part; broadcasts against the activation.
 
-    def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs, n_known: int = 0) -> Tensor:
-        """The activation with the selected part edited. The given tensor is not written to.
-
-        ``n_known``: how many positions came before the activation's first, in a generation.
+        ``part``: which positions the activation holds, where not all. Edits that are not local never get one, but in a
+        generation.
         """
-        selected = self._selected(activation, hook, inputs, n_known)
-        if n_known > 0 and not bool(selected.any()):
+
+    def apply(self, activation: Tensor, hook: HookPoint, inputs: VLMInputs, part: Part | None = None) -> Tensor:
+        """The activation with the selected part edited. The given tensor is not written to."""
+        selected = self.selected(activation.shape, hook, inputs, part).to(activation.device)
+        if part is not None and not bool(selected.any()):
             return activation
-        value = self._fitted(self.value(activation, hook), activation, hook)
-        return torch.where(selected, value, activation)
+        value = self.value(activation, hook, part) if self.is_local else self.value(activation, hook)
+        return torch.where(selected, self._fitted(value, activation, hook), activation)
 
     def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
         """The hooks that carry the edit out; each notes in ``fired`` that it did."""
 
         def run(activation: Tensor, hook: HookPoint) -> Tensor:
             fired.add(hook.name)
-            tower = model.get_submodule(hook.tower) if hook.tower in model.towers else None
-            return self.apply(activation, hook, inputs, getattr(tower, "n_known", 0))
+            return self.apply(activation, hook, inputs, _at_hand(model, activation, hook))
 
+        return [(name, run) for name in self.names(model, inputs)]
+
+    def names(self, model: HookedVLM, inputs: VLMInputs) -> list[str]:
+        """The hook points that are edited.
+
+        Raises:
+            HookError: the site is none, or matches none.
+            EditError: a span of another tower.
+        """
         names = match_names(self.site, model.hook_names)
         for name in names:
             self._check_spans(model, model.hook_dict[name], inputs)
-        return [(name, run) for name in names]
+        return names
 
-    def _places(self, hook: HookPoint) -> list[tuple[Positions, str]]:
+    def places(self, hook: HookPoint) -> list[tuple[Positions, str]]:
         """Positions, each with the axis that they are along."""
         return [(self.positions, "q" if "q" in hook.axes else "p")]
 
     def _check_spans(self, model: HookedVLM, hook: HookPoint, inputs: VLMInputs) -> None:
-        for positions, axis in self._places(hook):
+        for positions, axis in self.places(hook):
             span = inputs.positions(positions) if isinstance(positions, str) else positions
-            whose = _positions_of(hook, axis, model.towers)
+            whose = positions_of(hook, axis, model.towers)
             if isinstance(span, Span) and axis in hook.axes and span.tower != whose:
                 other = f"{whose}'s" if whose else "not those of its tower's stream"
                 raise EditError(f"a span of {span.tower} cannot say positions at {hook.name}: they are {other}")
 
-    def _fitted(self, value: Any, activation: Tensor, hook: HookPoint) -> Tensor:
-        """``value`` as a tensor like the activation."""
+    def _fitted(self, value: Any, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
+        """``value``, given for all positions, as a tensor like the activation."""
         value = torch.as_tensor(value, dtype=activation.dtype, device=activation.device)
+        shape, axis = whole_shape(activation.shape, hook, part), position_axis(hook)
         try:
-            return value.expand_as(activation)
+            value = value.expand(shape)
         except RuntimeError:
             raise EditError(
                 f"{type(self).__name__} at {hook.name}: a value of shape {tuple(value.shape)} does not fit the "
-                f"activation's {tuple(activation.shape)}"
+                f"activation's {shape}"
             ) from None
+        return value if part is None or axis is None else part.of(value, axis)
 
-    def _selected(
-        self, activation: Tensor, hook: HookPoint, inputs: VLMInputs, n_known: int = 0
+    def selected(
+        self, shape: Sequence[int], hook: HookPoint, inputs: VLMInputs, part: Part | None = None
     ) -> Bool[Tensor, "..."]:
-        selected = torch.ones((1,) * activation.ndim, dtype=torch.bool, device=activation.device)
+        """Which numbers of an activation of some shape are edited; broadcasts against it.
+
+        Raises:
+            EditError: positions, heads or neurons that the activation does not have.
+        """
+        selected = torch.ones((1,) * len(shape), dtype=torch.bool)
         for indices, axis, what in ((self.heads, "h", "heads"), (self.neurons, hook.axes[-1], "neurons")):
             if indices is not None:
-                selected = selected & self._along(indices, axis, what, activation, hook)
-        for positions, axis in self._places(hook):
+                selected = selected & self._along(indices, axis, what, shape, hook)
+        for positions, axis in self.places(hook):
             if positions is not None:
-                rows = position_mask(positions, activation, hook, axis, inputs, n_known)
-                selected = selected & _spread(rows, hook.axes, axis)
+                rows = position_mask(positions, shape, hook, axis, inputs, part)
+                selected = selected & spread(rows, hook.axes, axis)
         return selected
 
     def _along(
-        self, indices: Indices, axis: str, what: str, activation: Tensor, hook: HookPoint
+        self, indices: Indices, axis: str, what: str, shape: Sequence[int], hook: HookPoint
     ) -> Bool[Tensor, "..."]:
         if axis not in hook.axes:
             raise EditError(f"{hook.name} has no {what}: its axes are {' '.join(hook.axes)}")
         dim = hook.axes.index(axis)
-        mask = _index_mask(indices, activation.shape[dim], what, hook.name).to(activation.device)
-        return mask.view([-1 if place == dim else 1 for place in range(activation.ndim)])
+        mask = index_mask(indices, shape[dim], what, hook.name)
+        return mask.view([-1 if place == dim else 1 for place in range(len(shape))])
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,21 +158,24 @@ class Replace(Edit):
 
     source: ActivationCache | Mapping[str, Tensor] | Tensor
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
         if isinstance(self.source, Tensor):
-            return self.source
+            return self._fitted(self.source, activation, hook, part)
         if hook.name not in self.source:
             nearest = difflib.get_close_matches(hook.name, list(self.source), n=4, cutoff=0)
             raise EditError(
                 f"the source of Replace at {hook.name} has no such activation; nearest: {', '.join(nearest) or 'none'}"
             )
-        source = self.source[hook.name]
-        if source.shape[1:] != activation.shape[1:] or len(source) not in (1, len(activation)):
+        source, shape = self.source[hook.name], whole_shape(activation.shape, hook, part)
+        if source.shape[1:] != shape[1:] or len(source) not in (1, len(activation)):
             raise EditError(
-                f"the source of Replace at {hook.name} has shape {tuple(source.shape)}, "
-                f"the activation {tuple(activation.shape)}"
+                f"the source of Replace at {hook.name} has shape {tuple(source.shape)}, the activation {shape}"
             )
-        return source
+        return self._fitted(source, activation, hook, part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +184,12 @@ class Add(Edit):
 
     amount: Tensor | float
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
-        return activation + self._fitted(self.amount, activation, hook)
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
+        return activation + self._fitted(self.amount, activation, hook, part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +198,23 @@ class Scale(Edit):
 
     factor: Tensor | float
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
-        return activation * self._fitted(self.factor, activation, hook)
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
+        return activation * self._fitted(self.factor, activation, hook, part)
 
 
 @dataclass(frozen=True, eq=False)
 class Zero(Edit):
     """Zero ablation."""
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
         return torch.zeros((), dtype=activation.dtype, device=activation.device)
 
 
@@ -190,9 +226,13 @@ class Mean(Edit):
     over: str = "b p"
     """Names of axes, as the hook point has them: ``"b"``, ``"p"``, ``"b p"``, ..."""
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+    @property
+    def is_local(self) -> bool:
+        return self.mean is not None
+
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
         if self.mean is not None:
-            return self.mean
+            return self._fitted(self.mean, activation, hook, part)
         unknown = set(self.over.split()) - set(hook.axes)
         if unknown or not self.over.split():
             raise EditError(f"Mean at {hook.name} over {self.over!r}: its axes are {' '.join(hook.axes)}")
@@ -216,7 +256,7 @@ class Noise(Edit):
         if self.kind not in ("additive", "multiplicative"):
             raise EditError(f"Noise is 'additive' or 'multiplicative', not {self.kind!r}")
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
         noise = torch.stack(
             [gaussian(activation.shape[1:], self.seed, hook.name, row) for row in range(len(activation))]
         ).to(activation.device)
@@ -236,33 +276,44 @@ class BlockAttention(Edit):
 
     keys: Positions = None
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
         return torch.full((), torch.finfo(activation.dtype).min, dtype=activation.dtype, device=activation.device)
 
-    def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
+    def names(self, model: HookedVLM, inputs: VLMInputs) -> list[str]:
         site = self.site if self.site.endswith(SCORES) else f"{self.site}.{SCORES}"
-        blocked = super(BlockAttention, replace(self, site=site)).hooks(model, inputs, fired)
-        return [hook for name, run in blocked for hook in self._with_dead_rows(name, run)]
+        return super(BlockAttention, replace(self, site=site)).names(model, inputs)
 
-    def _places(self, hook: HookPoint) -> list[tuple[Positions, str]]:
-        return [*super()._places(hook), (self.keys, "k")]
+    def places(self, hook: HookPoint) -> list[tuple[Positions, str]]:
+        return [*super().places(hook), (self.keys, "k")]
 
-    def _with_dead_rows(self, scores_name: str, block: HookFunction) -> list[tuple[str, HookFunction]]:
-        dead: list[Tensor] = []
+    def hooks(self, model: HookedVLM, inputs: VLMInputs, fired: set[str]) -> list[tuple[str, HookFunction]]:
+        return [
+            hook
+            for scores_name, run in super().hooks(model, inputs, fired)
+            for hook in _with_dead_rows(scores_name, run)
+        ]
 
-        def scores(activation: Tensor, hook: HookPoint) -> Tensor:
-            shut = block(activation, hook=hook)
-            assert shut is not None
-            # A masked score is the dtype's lowest number, give or take the score that it was added to.
-            nothing_left = shut.amax(-1, keepdim=True) < torch.finfo(shut.dtype).min / 2
-            dead[:] = [nothing_left & (shut != activation).any(-1, keepdim=True)]
-            return shut
 
-        def pattern(activation: Tensor, hook: HookPoint) -> Tensor:
-            # Softmax makes a row of equal scores uniform, however low they are.
-            return activation.masked_fill(dead.pop(), 0)
+def _with_dead_rows(scores_name: str, block: HookFunction) -> list[tuple[str, HookFunction]]:
+    dead: list[Tensor] = []
 
-        return [(scores_name, scores), (scores_name.replace(SCORES, "hook_pattern"), pattern)]
+    def scores(activation: Tensor, hook: HookPoint) -> Tensor:
+        shut = block(activation, hook=hook)
+        assert shut is not None
+        # A masked score is the dtype's lowest number, give or take the score that it was added to.
+        nothing_left = shut.amax(-1, keepdim=True) < torch.finfo(shut.dtype).min / 2
+        dead[:] = [nothing_left & (shut != activation).any(-1, keepdim=True)]
+        return shut
+
+    def pattern(activation: Tensor, hook: HookPoint) -> Tensor:
+        # Softmax makes a row of equal scores uniform, however low they are.
+        return activation.masked_fill(dead.pop(), 0)
+
+    return [(scores_name, scores), (scores_name.replace(SCORES, "hook_pattern"), pattern)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +325,7 @@ class Function(Edit):
 
     fn: Callable[..., Tensor | None]
 
-    def value(self, activation: Tensor, hook: HookPoint) -> Tensor:
+    def value(self, activation: Tensor, hook: HookPoint, part: Part | None = None) -> Tensor:
         copy = activation.clone()
         result = self.fn(copy, hook=hook)
         if result is None:
@@ -299,75 +350,8 @@ def gaussian(shape: Sequence[int], *key: int | str) -> Float[Tensor, "..."]:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def position_mask(
-    positions: Positions, activation: Tensor, hook: HookPoint, axis: str, inputs: VLMInputs, n_known: int = 0
-) -> Bool[Tensor, "#b n"]:
-    """Which positions of an axis are meant, for all rows or for each.
-
-    ``n_known`` positions came before the activation's first, in a generation; keys are all there, earlier ones too.
-
-    Raises:
-        EditError: positions out of range, or for other rows than the activation's.
-    """
-    if axis not in hook.axes:
-        raise EditError(f"{hook.name} has no positions: its axes are {' '.join(hook.axes)}")
-    before = 0 if axis == "k" else n_known
-    size = before + activation.shape[hook.axes.index(axis)]
-    if isinstance(positions, str):
-        positions = inputs.positions(positions)
-    if isinstance(positions, Span):
-        mask = torch.stack([_index_mask(row, size, "positions", hook.name) for row in positions.rows])
-    elif isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 2:
-        mask = torch.stack(
-            [_index_mask(_longer(row, size, n_known), size, "positions", hook.name) for row in positions]
-        )
-    else:
-        assert positions is not None
-        mask = _index_mask(_longer(positions, size, n_known), size, "positions", hook.name)[None]
-    if n_known > 0 and len(activation) % len(mask) == 0:
-        mask = mask.repeat_interleave(len(activation) // len(mask), dim=0)  # each row's beams stand together
-    if len(mask) not in (1, len(activation)):
-        raise EditError(f"positions of {len(mask)} rows at {hook.name}, whose batch has {len(activation)}")
-    return mask[:, before:].to(activation.device)
-
-
-def _positions_of(hook: HookPoint, axis: str, towers: Sequence[str]) -> str | None:
-    """The tower whose stream an axis counts the positions of; cross-attention reads the tower before its own."""
-    if hook.name.endswith(APART) or hook.tower not in towers:
-        return None
-    reads_other = ".cross_attn." in hook.name and (axis == "k" or hook.name.endswith(("hook_k", "hook_v")))
-    return towers[towers.index(hook.tower) - reads_other]
-
-
-def _longer(positions: Any, size: int, n_known: int) -> Any:
-    """A mask of a prompt's positions, for the longer sequence that a generation has made of it."""
-    if n_known > 0 and isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 1:
-        return torch.nn.functional.pad(positions, (0, max(0, size - len(positions))))
-    return positions
-
-
-def _index_mask(indices: Indices, size: int, what: str, name: str) -> Bool[Tensor, " n"]:
-    try:
-        chosen = torch.as_tensor(indices).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise EditError(f"{what} at {name} are whole numbers or a mask, not {indices!r}") from None
-    if chosen.dtype == torch.bool and chosen.ndim:
-        if chosen.shape != (size,):
-            raise EditError(f"a mask of {what} of shape {tuple(chosen.shape)} at {name}, which has {size}")
-        return chosen
-    if chosen.ndim > 1 or (chosen.is_floating_point() and chosen.numel()):
-        given = f"{chosen.dtype} of shape {tuple(chosen.shape)}"
-        raise EditError(f"{what} at {name} are one list of whole numbers or a mask, not {given}")
-    chosen = chosen.flatten().long()
-    wrong = chosen[(chosen < -size) | (chosen >= size)].tolist()
-    if wrong:
-        raise EditError(f"{what} {wrong} are out of range at {name}, which has {size}")
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[chosen] = True
-    return mask
-
-
-def _spread(rows: Bool[Tensor, "#b n"], axes: tuple[str, ...], axis: str) -> Bool[Tensor, "..."]:
-    shape = [1] * len(axes)
-    shape[0], shape[axes.index(axis)] = rows.shape
-    return rows.view(shape)
+def _at_hand(model: HookedVLM, activation: Tensor, hook: HookPoint) -> Part | None:
+    """Which positions an activation holds: in a generation, those that are being read."""
+    tower = model.get_submodule(hook.tower) if hook.tower in model.towers else None
+    n_known, axis = getattr(tower, "n_known", 0), position_axis(hook)
+    return None if not n_known or axis is None else Part.after(n_known, activation.shape[axis])
