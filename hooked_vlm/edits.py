@@ -298,15 +298,20 @@ class BlockAttention(Edit):
         ]
 
 
+def dead_rows(before: Float[Tensor, "b h q k"], shut: Float[Tensor, "b h q k"]) -> Bool[Tensor, "b h q 1"]:
+    """The queries that a knockout has left nothing to read."""
+    # A masked score is the dtype's lowest number, give or take the score that it was added to.
+    nothing_left = shut.amax(-1, keepdim=True) < torch.finfo(shut.dtype).min / 2
+    return nothing_left & (shut != before).any(-1, keepdim=True)
+
+
 def _with_dead_rows(scores_name: str, block: HookFunction) -> list[tuple[str, HookFunction]]:
     dead: list[Tensor] = []
 
     def scores(activation: Tensor, hook: HookPoint) -> Tensor:
         shut = block(activation, hook=hook)
         assert shut is not None
-        # A masked score is the dtype's lowest number, give or take the score that it was added to.
-        nothing_left = shut.amax(-1, keepdim=True) < torch.finfo(shut.dtype).min / 2
-        dead[:] = [nothing_left & (shut != activation).any(-1, keepdim=True)]
+        dead[:] = [dead_rows(activation, shut)]
         return shut
 
     def pattern(activation: Tensor, hook: HookPoint) -> Tensor:

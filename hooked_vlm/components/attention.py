@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,10 +30,10 @@ QKV: tuple[ProjectionName, ...] = ("q", "k", "v")
 
 
 class Split(NamedTuple):
-    """One of q, k, v's own per-head input, as it was shown, and whether a hook has edited it."""
+    """One of q, k, v's own per-head input, as it was shown, and where a hook has edited it."""
 
     shown: Float[Tensor, "b p h d_model"]
-    edited: bool
+    edited: Bool[Tensor, "b p h"] | None
     normalize: Callable[[Tensor], Tensor] | None
     """The LayerNorm between what was shown and what is projected, in pre-LN blocks."""
 
@@ -159,9 +159,18 @@ class Attention(nn.Module):
 
     def _project_split(self, projected: tuple[Tensor, ...], split: tuple[Split | None, ...]) -> tuple[Tensor, ...]:
         return tuple(
-            main if own is None else follow(main, own.edited, partial(self._project_heads, name, own), own.shown)
+            main if own is None else self._with_heads(name, main, own)
             for name, main, own in zip(QKV, projected, split, strict=True)
         )
+
+    def _with_heads(
+        self, name: ProjectionName, main: Float[Tensor, "b p h d_head"], own: Split
+    ) -> Float[Tensor, "b p h d_head"]:
+        """The heads and positions that were edited are projected from their own inputs."""
+        path = partial(self._project_heads, name, own)
+        if own.edited is None:
+            return follow(main, False, path, own.shown)
+        return torch.where(own.edited[..., None], path(), main)
 
     def _project_heads(self, name: ProjectionName, own: Split) -> Float[Tensor, "b p h d_head"]:
         heads = own.shown if own.normalize is None else own.normalize(own.shown)

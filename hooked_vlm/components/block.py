@@ -107,7 +107,8 @@ class Block(nn.Module):
     ) -> Split:
         copies = attn_in.unsqueeze(2).expand(-1, -1, n_heads, -1)
         shown, edited = point.show(copies.clone() if point.is_edited else copies)
-        return Split(shown, edited, None if norm is None else norm.normalize)
+        where = (shown != copies).any(-1) if edited else None
+        return Split(shown, where, None if norm is None else norm.normalize)
 
 
 class PreNormBlock(Block):

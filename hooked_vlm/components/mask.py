@@ -27,6 +27,11 @@ class Mask:
         zero = torch.zeros((), dtype=self.dtype, device=self.keep.device)
         return torch.where(self.keep, zero, torch.finfo(self.dtype).min)
 
+    @cached_property
+    def in_any_row(self) -> Bool[Tensor, "q k"]:
+        """Which query reads which key in some row; on the CPU."""
+        return self.keep.any(0)[0].cpu()
+
 
 def bidirectional_mask(
     attention_mask: Int[Tensor, "b k"] | Bool[Tensor, "b k"] | None, n_queries: int, dtype: torch.dtype

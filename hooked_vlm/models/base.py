@@ -191,6 +191,10 @@ class HookedVLM(HookedModule):
         """The positions of a tower's output that anything reads; None where all may be."""
         return None
 
+    def positions_fed(self, inputs: VLMInputs) -> list[int]:
+        """The positions of the last tower's first stream that the tower before it writes: an image's."""
+        return []
+
     @abstractmethod
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
         """Inputs from pictures and texts, through the checkpoint's own processor."""

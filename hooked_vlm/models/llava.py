@@ -123,6 +123,10 @@ class HookedLlava(HookedVLM):
             return self.vision_encoder.embed_patches(self._tiles(inputs))
         return self.language_model.merged(self.embed(inputs, states.get("vision_encoder")))
 
+    def positions_fed(self, inputs: VLMInputs) -> list[int]:
+        assert inputs.input_ids is not None
+        return (inputs.input_ids == self.config.image_token_id).any(0).nonzero()[:, 0].tolist()
+
     def embed(
         self, inputs: VLMInputs, seen: Float[Tensor, "_ p d_features"] | None = None
     ) -> Float[Tensor, "b p d_model"]:

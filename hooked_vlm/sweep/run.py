@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.edits import Edit
+from hooked_vlm.edits import Edit, edit_hooks
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.metrics import Metric
+from hooked_vlm.metrics import Generated, Metric, narrowed, positions_read
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.progress import track
+from hooked_vlm.sweep.batches import Batcher, is_out_of_memory
+from hooked_vlm.sweep.plan import Chunk, Compiler, EditSet
+from hooked_vlm.sweep.trail import Trail, record
+from hooked_vlm.sweep.wave import Wave
+
+
+class Effects(Tensor):
+    """The metric of each edit set. A tensor like any other, that says how exact it is."""
+
+    noise_floor: float
+    """How far a run without edits strayed from the plain one in the sweep's batches, at most: rounding, in units of the
+    metric. Smaller effects than this say nothing."""
+    alone: str
+    """Why every set had a forward of its own; empty where work was shared."""
+
+    # What is computed from effects is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, values: Tensor, noise_floor: float = 0.0, alone: str = "") -> Effects:
+        effects = values.as_subclass(cls)
+        effects.noise_floor, effects.alone = noise_floor, alone
+        return effects
 
 
 @torch.no_grad()
@@ -22,22 +46,178 @@ def sweep(
     model: HookedVLM,
     inputs: VLMInputs | Mapping[str, Any],
     edit_sets: Sequence[Sequence[Edit]],
-    metric: Metric,
+    metric: Metric | Generated,
     *,
     base: Sequence[Edit] = (),
-    progress: bool = False,
-) -> Float[Tensor, "n_sets b ..."]:
+    batch_size: int | Literal["auto"] = "auto",
+    progress: bool = True,
+) -> Float[Effects, "n_sets b ..."]:
     """The metric of each edit set, as if each had been run alone by ``model.patch(inputs, base + set)``.
+
+    Only what a set's edits can change is computed again: later layers, in causal towers later positions, and of the
+    last layer no more than the metric reads; keys and values of the base run are shared. Equal to the runs alone but
+    for rounding, whose size is measured on the way (:attr:`Effects.noise_floor`).
+
+    A metric that is not one of :mod:`hooked_vlm.metrics` is given all logits; one with ``reads`` and ``narrowed``
+    (:class:`~hooked_vlm.metrics.ReadsPositions`) only those that it reads, which is cheaper.
 
     Args:
         base: edits of every run, those that make it a corrupted one.
-        progress: show a progress bar.
+        batch_size: how many sets run together; ``"auto"``: as many as free memory admits. Where memory is short all
+            the same, half as many are tried.
+        progress: show a progress bar, in a terminal.
 
     Raises:
-        ValueError: no edit sets.
+        ValueError: no edit sets; a metric that does not give a number, or numbers, for each row; a batch size below 1.
+        EditError, HookError: an edit that does not fit; says of which set it is.
+        FloatingPointError: the base run's logits are not finite.
     """
-    if not edit_sets:
+    if not len(edit_sets):
         raise ValueError("sweep needs at least one edit set")
+    if batch_size != "auto" and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 or 'auto', not {batch_size}")
+    inputs = model._inputs(inputs)
+    reason = why_alone(model, edit_sets, base, metric)
+    if reason:
+        return _alone(model, inputs, edit_sets, metric, base, progress, reason)
+    assert not isinstance(metric, Generated)
+    compiler = Compiler(model, inputs, base)
+    trail = record(model, inputs, base, compiler.first_layers(edit_sets))
+    sets = [compiler.compile(index, edits, trail) for index, edits in enumerate(edit_sets)]
+    scorer = _Scorer(compiler, trail, metric)
+    batcher = Batcher(compiler, trail, int(scorer.read.sum()) if compiler.has_token_head else 1)
+    effects: dict[int, Tensor] = {}
+    floors = [0.0]
+    with closing(track(range(len(sets)), "patching", shown=progress)) as done:
+        for chunk in batcher.chunks(sets, None if batch_size == "auto" else batch_size):
+            for index, effect, floor in _halving(scorer, inputs, batcher, chunk):
+                effects[index] = effect
+                floors.append(floor)
+                next(done)
+        next(done, None)
+    return Effects.of(torch.stack([effects[index] for index in range(len(sets))]), max(floors))
+
+
+def why_alone(
+    model: HookedVLM, edit_sets: Sequence[Sequence[Edit]], base: Sequence[Edit], metric: Metric | Generated
+) -> str:
+    """Why sets cannot share work, if so: then each has a forward of its own."""
+    if isinstance(metric, Generated):
+        return "the metric is of a generated answer"
+    if any(point.is_hooked for point in model.hook_points()):
+        return "the model has hooks of its own, which expect whole activations"
+    own = {type(edit) for edits in (*edit_sets, base) for edit in edits if _is_custom(type(edit))}
+    return f"how {', '.join(sorted(kind.__name__ for kind in own))} is carried out is not known" if own else ""
+
+
+def _is_custom(kind: type[Edit]) -> bool:
+    """Whether an edit is carried out by hooks that another module has written."""
+    return any(
+        getattr(kind, name) is not getattr(Edit, name) and not kind.__module__.startswith("hooked_vlm.")
+        for name in ("hooks", "apply", "selected", "names")
+    )
+
+
+def _alone(
+    model: HookedVLM,
+    inputs: VLMInputs,
+    edit_sets: Sequence[Sequence[Edit]],
+    metric: Metric | Generated,
+    base: Sequence[Edit],
+    progress: bool,
+    reason: str,
+) -> Effects:
+    def run(edits: Sequence[Edit]) -> Tensor:
+        if not isinstance(metric, Generated):
+            return metric(model.patch(inputs, edits))
+        with model.hooks(edit_hooks(model, inputs, edits)):
+            texts = model.generate(inputs, max_new_tokens=metric.max_new_tokens, num_beams=metric.num_beams)
+        return metric(list(texts))
+
     # Closed also by an error: the bar must not outlive it.
     with closing(track(edit_sets, "patching", shown=progress)) as runs:
-        return torch.stack([metric(model.patch(inputs, [*base, *edits])) for edits in runs])
+        effects = [run([*base, *edits]) for edits in runs]
+    _check_shape(effects[0], len(inputs))
+    return Effects.of(torch.stack(effects), alone=reason)
+
+
+class _Scorer:
+    """The metric of sets, from what their wave brings."""
+
+    def __init__(self, compiler: Compiler, trail: Trail, metric: Metric) -> None:
+        self.compiler, self.trail = compiler, trail
+        tower = compiler.model.towers[-1]
+        self.read = np.ones(trail.towers[tower].n_positions, dtype=bool)
+        self.metric, self.logits = metric, trail.logits
+        if compiler.has_token_head:
+            n_positions = trail.logits.shape[1]
+            positions = positions_read(metric, n_positions)
+            self.read = np.isin(np.arange(n_positions), positions)
+            self.metric, self.logits = narrowed(metric, positions, n_positions), trail.logits[:, positions]
+        else:
+            self.read[:] = compiler.read_positions(tower, trail.towers[tower].n_positions)
+        if not bool(self.logits.isfinite().all()):
+            what = "the base edits make" if compiler.base else "the inputs make"
+            raise FloatingPointError(
+                f"{what} the run's logits infinite or NaN; model.check_finite says where it begins"
+            )
+        self.base_effect = self.metric(self.logits)
+        _check_shape(self.base_effect, len(self.logits))
+
+    def of(self, wave: Wave) -> Iterator[Tensor]:
+        """The metric of each set of a wave that has passed."""
+        if not self.compiler.has_token_head:
+            for one in range(len(wave.chunk)):
+                yield self.metric(wave.outputs_of(one))
+            return
+        packed = wave.logits(self.read)
+        column = np.cumsum(self.read) - 1
+        for one in range(len(wave.chunk)):
+            count = int(packed.layout.counts[one])
+            if not count:
+                yield self.base_effect
+                continue
+            own = packed.values[0, packed.layout.tokens_of(one)].unflatten(0, (-1, count))
+            if count < self.logits.shape[1]:
+                columns = packed.layout.index(column[packed.layout.positions_of(one)])
+                own = self.logits.index_copy(1, columns, own)
+            yield self.metric(own)
+
+
+def _halving(
+    scorer: _Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
+) -> Iterator[tuple[int, Tensor, float]]:
+    """Each set's index, its effect, and how far the chunk's null set strayed; in halves where memory is too short."""
+    try:
+        found = _run(scorer, inputs, batcher, sets)
+    except (RuntimeError, MemoryError) as error:
+        if len(sets) == 1 or not is_out_of_memory(error):
+            raise
+        found = None
+    if found is not None:
+        yield from found
+        return
+    if scorer.logits.is_cuda:
+        torch.cuda.empty_cache()
+    for half in (sets[: len(sets) // 2], sets[len(sets) // 2 :]):
+        yield from _halving(scorer, inputs, batcher, half)
+
+
+def _run(
+    scorer: _Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
+) -> list[tuple[int, Tensor, float]]:
+    """Beside the sets runs a null set, which goes the longest of their ways without an edit."""
+    null = max(sets, key=batcher.tokens).without_edits()
+    wave = Wave(scorer.compiler, inputs, scorer.trail, Chunk([*sets, null], scorer.trail))
+    wave.run(scorer.read)
+    *effects, of_null = scorer.of(wave)
+    floor = float((of_null - scorer.base_effect).abs().max())
+    return [(one.index, effect, floor) for one, effect in zip(sets, effects, strict=True)]
+
+
+def _check_shape(effect: Any, n_rows: int) -> None:
+    if not isinstance(effect, Tensor) or not effect.ndim or len(effect) != n_rows:
+        given = f"shape {tuple(effect.shape)}" if isinstance(effect, Tensor) else type(effect).__name__
+        raise ValueError(
+            f"the metric returned {given}; it should return a tensor with one entry a row, of {n_rows} rows"
+        )
