@@ -34,6 +34,10 @@ class Step:
     """Positions that are carried in."""
     queries: Bool[ndarray, "set p"]
     """Positions that come out: all of ``tokens``, but where later ones are not read."""
+    entered: Bool[ndarray, "set p"]
+    """Positions whose stream differs already where the stage begins."""
+    keys: Bool[ndarray, "set p"] | None = None
+    """Positions whose keys and values differ."""
     other: Bool[ndarray, "set k"] | None = None
     """Positions of the other tower whose keys and values are made anew."""
 
@@ -59,6 +63,11 @@ class EditSet:
 
     def add(self, name: str, edit: Edit) -> None:
         _add(self.edits, name, edit)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether an edit needs all positions at hand."""
+        return bool(self.whole)
 
     def without_edits(self) -> EditSet:
         """A set that goes the same way and changes nothing: the base's edits, and what this one makes dirty."""
@@ -106,6 +115,16 @@ class Compiler:
             for later in towers[towers.index(place.tower) + 1 :]:
                 first[later] = 0
         return first
+
+    def compile_all(self, edit_sets: Sequence[Sequence[Edit]], trail: Trail) -> list[EditSet]:
+        """Raises as :meth:`compile`, and says of which set it is."""
+        compiled = []
+        for index, edits in enumerate(edit_sets):
+            try:
+                compiled.append(self.compile(index, edits, trail))
+            except EditError as error:
+                raise EditError(f"edit set {index}: {error}") from None
+        return compiled
 
     def compile(self, index: int, edits: Sequence[Edit], trail: Trail) -> EditSet:
         """Raises ``EditError`` for an edit that does not fit, or whose site is not passed."""
@@ -171,10 +190,19 @@ class Compiler:
         shape[0], shape[axis] = tower.n_rows, size
         return position_mask(edit.positions, shape, hook, hook.axes[axis], self.inputs).any(0).numpy()
 
-    def feeds(self, tower: str) -> bool:
-        """Whether a tower reads the one before it."""
-        config: Any = self.model.get_submodule(tower).config
-        return config.d_cross is not None or "projector" in self.model.towers
+    def before(self, tower: str, trail: Trail) -> str | None:
+        """The tower that a tower reads from, if any."""
+        names, config = list(trail.towers), self._config(tower)
+        reads = config.d_cross is not None or "projector" in self.model.towers
+        return names[names.index(tower) - 1] if names.index(tower) and reads else None
+
+    def stop(self, tower: str) -> int:
+        """How many of a tower's blocks anything reads."""
+        config = self._config(tower)
+        return max(getattr(config, "feature_layers", None) or (config.n_layers,))
+
+    def _config(self, tower: str) -> Any:
+        return self.model.get_submodule(tower).config
 
     def fed_positions(self, n_positions: int) -> Bool[ndarray, " p"]:
         """The positions of a tower's first stream that the tower before it writes."""
@@ -215,6 +243,23 @@ class Chunk:
             marks[row] = mask
         return marks
 
+    def edits_in(self, tower: str) -> bool:
+        """Whether any set edits the tower, up to what it puts out."""
+        return any(place.tower == tower and place.stage != "head" for place in self._marks)
+
+    def entered(self, compiler: Compiler, tower: str, fed: Bool[ndarray, "set k"] | None) -> Bool[ndarray, "set p"]:
+        """What is dirty of what a tower's first block reads; ``fed``: what is of the output of the tower before."""
+        trail = self.trail.towers[tower]
+        dirty = np.zeros((len(self), trail.n_positions), dtype=bool)
+        if fed is not None and not trail.n_other:
+            dirty |= fed.any(1, keepdims=True) & compiler.fed_positions(trail.n_positions)
+        return dirty | self.marked(Place(tower, 0, "enter"), dirty)
+
+    def head(self, tower: str, reached: Bool[ndarray, "set p"], read: Bool[ndarray, " p"]) -> Step:
+        """The last tower's logits, where its output is dirty and they are read."""
+        dirty = (reached | self.marked(Place(tower, 0, "head"), reached)) & read
+        return Step(0, "head", dirty, dirty, reached & read)
+
     def steps(
         self,
         tower: str,
@@ -237,28 +282,28 @@ class Chunk:
             place = Place(tower, layer, "attend")
             keys = dirty | self.marks(place._replace(reaches="keys"), trail.n_positions)
             own = self.marked(place, keys)
-            keys = keys | (own if self._is_whole(place) else False)
+            keys = (keys | (own if self._is_whole(place) else False)) & _readable(needed[place], trail.masks.get(layer))
             queries = (dirty | own | _reached(keys, trail.masks.get(layer))) & needed[place]
-            tokens = queries | (keys & _readable(needed[place], trail.masks.get(layer)))
-            dirty = queries
-            if tokens.any():
-                yield Step(layer, "attend", tokens, queries)
+            entered, dirty = dirty, queries
+            if (queries | keys).any():
+                yield Step(layer, "attend", queries | keys, queries, entered, keys)
             place = Place(tower, layer, "cross_attend")
             if trail.n_other:
                 made = self.marks(place._replace(reaches="other"), trail.n_other)
                 made = made if other is None else made | other
                 reached = dirty | made.any(1, keepdims=True)
-                dirty = (reached | self.marked(place, reached)) & needed[place]
+                entered, dirty = dirty, (reached | self.marked(place, reached)) & needed[place]
                 if dirty.any():
-                    yield Step(layer, "cross_attend", dirty, dirty, made & dirty.any(1, keepdims=True))
+                    made = made & dirty.any(1, keepdims=True)
+                    yield Step(layer, "cross_attend", dirty, dirty, entered, other=made)
             place = Place(tower, layer, "feed_forward")
-            dirty = (dirty | self.marked(place, dirty)) & needed[place]
+            entered, dirty = dirty, (dirty | self.marked(place, dirty)) & needed[place]
             if dirty.any():
-                yield Step(layer, "feed_forward", dirty, dirty)
+                yield Step(layer, "feed_forward", dirty, dirty, entered)
         place = Place(tower, 0, "leave")
-        dirty = (dirty | self.marked(place, dirty)) & needed[place]
+        entered, dirty = dirty, (dirty | self.marked(place, dirty)) & needed[place]
         if dirty.any():
-            yield Step(stop, "leave", dirty, dirty)
+            yield Step(stop, "leave", dirty, dirty, entered)
 
     def marked(self, place: Place, dirty: Bool[ndarray, "set p"]) -> Bool[ndarray, "set p"]:
         """What is edited there; where an edit needs all positions, all of those sets that have any."""

@@ -72,8 +72,6 @@ def sweep(
         EditError, HookError: an edit that does not fit; says of which set it is.
         FloatingPointError: the base run's logits are not finite.
     """
-    if not len(edit_sets):
-        raise ValueError("sweep needs at least one edit set")
     if batch_size != "auto" and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 or 'auto', not {batch_size}")
     inputs = model._inputs(inputs)
@@ -83,9 +81,9 @@ def sweep(
     assert not isinstance(metric, Generated)
     compiler = Compiler(model, inputs, base)
     trail = record(model, inputs, base, compiler.first_layers(edit_sets))
-    sets = [compiler.compile(index, edits, trail) for index, edits in enumerate(edit_sets)]
-    scorer = _Scorer(compiler, trail, metric)
-    batcher = Batcher(compiler, trail, int(scorer.read.sum()) if compiler.has_token_head else 1)
+    sets = compiler.compile_all(edit_sets, trail)
+    scorer = Scorer(compiler, trail, metric)
+    batcher = Batcher(compiler, trail, scorer.n_read)
     effects: dict[int, Tensor] = {}
     floors = [0.0]
     with closing(track(range(len(sets)), "patching", shown=progress)) as done:
@@ -101,7 +99,13 @@ def sweep(
 def why_alone(
     model: HookedVLM, edit_sets: Sequence[Sequence[Edit]], base: Sequence[Edit], metric: Metric | Generated
 ) -> str:
-    """Why sets cannot share work, if so: then each has a forward of its own."""
+    """Why sets cannot share work, if so: then each has a forward of its own.
+
+    Raises:
+        ValueError: no sets.
+    """
+    if not len(edit_sets):
+        raise ValueError("sweep needs at least one edit set")
     if isinstance(metric, Generated):
         return "the metric is of a generated answer"
     if any(point.is_hooked for point in model.hook_points()):
@@ -141,7 +145,7 @@ def _alone(
     return Effects.of(torch.stack(effects), alone=reason)
 
 
-class _Scorer:
+class Scorer:
     """The metric of sets, from what their wave brings."""
 
     def __init__(self, compiler: Compiler, trail: Trail, metric: Metric) -> None:
@@ -164,6 +168,11 @@ class _Scorer:
         self.base_effect = self.metric(self.logits)
         _check_shape(self.base_effect, len(self.logits))
 
+    @property
+    def n_read(self) -> int:
+        """Positions of the logits that the metric reads."""
+        return int(self.read.sum()) if self.compiler.has_token_head else 1
+
     def of(self, wave: Wave) -> Iterator[Tensor]:
         """The metric of each set of a wave that has passed."""
         if not self.compiler.has_token_head:
@@ -185,7 +194,7 @@ class _Scorer:
 
 
 def _halving(
-    scorer: _Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
+    scorer: Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
 ) -> Iterator[tuple[int, Tensor, float]]:
     """Each set's index, its effect, and how far the chunk's null set strayed; in halves where memory is too short."""
     try:
@@ -204,7 +213,7 @@ def _halving(
 
 
 def _run(
-    scorer: _Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
+    scorer: Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
 ) -> list[tuple[int, Tensor, float]]:
     """Beside the sets runs a null set, which goes the longest of their ways without an edit."""
     null = max(sets, key=batcher.tokens).without_edits()

@@ -6,7 +6,7 @@ changes, and from there on holds the positions that its edits have reached. A st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from hooked_vlm.edits import BlockAttention, Edit, dead_rows
 from hooked_vlm.hook_point import HookFunction, HookPoint
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.selection import Part
-from hooked_vlm.sweep.places import PATTERNS, Place, Stage
+from hooked_vlm.sweep.places import PATTERNS, Stage
 from hooked_vlm.sweep.plan import Chunk, Compiler, Step
 from hooked_vlm.sweep.reader import SharedKeys
 from hooked_vlm.sweep.tokens import Layout, Packed, nothing
@@ -58,8 +58,7 @@ class Wave:
         clean = self.trail.towers[tower].out
         assert clean is not None
         states = self.reached.get(tower, nothing(len(self.chunk), clean))
-        place = Place(tower, 0, "head")
-        states = states.carry((states.layout.mask | self.chunk.marked(place, states.layout.mask)) & read, clean)
+        states = states.carry(self.chunk.head(tower, states.layout.mask, read).tokens, clean)
         self._here = states.layout
         if len(states.layout) == 0:
             return Packed(clean.new_zeros(1, 0, self.trail.logits.shape[-1]), states.layout)
@@ -79,26 +78,17 @@ class Wave:
     # Towers -----------------------------------------------------------------------------------------------------
 
     def _pass(self, tower: str, read: Bool[ndarray, " p"]) -> None:
-        trail, before = self.trail.towers[tower], self._before(tower)
+        trail, before = self.trail.towers[tower], self.compiler.before(tower, self.trail)
         fed = self.reached.get(before) if before else None
-        edited = (place for one in self.chunk.sets for place in one.dirt)
-        if fed is None and not any(place.tower == tower and place.stage != "head" for place in edited):
+        if fed is None and not self.chunk.edits_in(tower):
             return
         other = fed.layout.mask if fed is not None and trail.n_other else None
         self._through(tower, self._enter(tower, fed), other, read)
 
-    def _before(self, tower: str) -> str | None:
-        """The tower that a tower reads from."""
-        names = list(self.trail.towers)
-        return names[names.index(tower) - 1] if names.index(tower) and self.compiler.feeds(tower) else None
-
     def _enter(self, tower: str, fed: Packed | None) -> Packed:
         """The sets that are changed before the first block: each run through the embedding by itself."""
-        trail, place = self.trail.towers[tower], Place(tower, 0, "enter")
-        dirty = np.zeros((len(self.chunk), trail.n_positions), dtype=bool)
-        if fed is not None and not trail.n_other:
-            dirty |= fed.layout.mask.any(1, keepdims=True) & self.compiler.fed_positions(trail.n_positions)
-        dirty |= self.chunk.marked(place, dirty)
+        trail = self.trail.towers[tower]
+        dirty = self.chunk.entered(self.compiler, tower, None if fed is None else fed.layout.mask)
         if not dirty.any():
             return nothing(len(self.chunk), self._shape_of(trail))
         layout = Layout(dirty, trail.n_rows, self._shape_of(trail).device)
@@ -118,8 +108,7 @@ class Wave:
         self, tower: str, packed: Packed, other: Bool[ndarray, "set k"] | None, read: Bool[ndarray, " p"]
     ) -> None:
         trail, module = self.trail.towers[tower], self._module(tower)
-        features = getattr(module.config, "feature_layers", None) or ()
-        stop = max(features, default=len(module.blocks))
+        features, stop = getattr(module.config, "feature_layers", None) or (), self.compiler.stop(tower)
         streams: dict[int, Packed] = {}
         for step in self.chunk.steps(tower, stop, packed.layout.mask, other, read):
             streams |= {layer: packed for layer in features if layer <= step.layer and layer not in streams}
@@ -164,7 +153,7 @@ class Wave:
         return Packed(values, goes_on)
 
     def _cross_attend(self, tower: str, packed: Packed, step: Step) -> Packed:
-        trail, before = self.trail.towers[tower], self._before(tower)
+        trail, before = self.trail.towers[tower], self.compiler.before(tower, self.trail)
         assert before is not None
         assert step.other is not None
         clean = self.trail.towers[before].out
@@ -266,6 +255,23 @@ class Wave:
             return activation
 
         return shut, [one for one in sets if one not in plain], edit_pattern
+
+
+def passes(compiler: Compiler, chunk: Chunk, read: Bool[ndarray, " p"]) -> Iterator[tuple[str, Step]]:
+    """The steps of a chunk's way through all towers, and the head; nothing is run."""
+    reached: dict[str, Bool[ndarray, "set p"]] = {}
+    for tower, trail in chunk.trail.towers.items():
+        before, is_last = compiler.before(tower, chunk.trail), tower == compiler.model.towers[-1]
+        fed = reached.get(before) if before else None
+        wanted = read if is_last else compiler.read_positions(tower, trail.n_positions)
+        if fed is not None or chunk.edits_in(tower):
+            entered, other = chunk.entered(compiler, tower, fed), fed if trail.n_other else None
+            for step in chunk.steps(tower, compiler.stop(tower), entered, other, wanted):
+                if step.stage == "leave":
+                    reached[tower] = step.tokens
+                yield tower, step
+        if is_last and compiler.has_token_head:
+            yield tower, chunk.head(tower, reached.get(tower, np.zeros((len(chunk), len(read)), dtype=bool)), read)
 
 
 def _apply(edit: Edit, inputs: VLMInputs, activation: Tensor, hook: HookPoint) -> Tensor:
