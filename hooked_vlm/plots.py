@@ -65,7 +65,7 @@ def causal_trace_figure(
     longest = max(len(_shortened(token)) for part in towers for token in part.token.values)
     left = max(0.95, 0.45 + 0.062 * longest)
     pictures_width, panels_width = (2.0 if images else 0.0), left + 0.15 + 2.35 * n_sites
-    title = _wrapped(title, pictures_width + panels_width)
+    title = _wrapped(_with_noise_floor(title, result, metric), pictures_width + panels_width)
     top = TitleTop + TitleLine * max(2, _n_lines(title)) + 0.39
     height = top + max(sum(heights) + 0.9 * len(towers) - 0.1, 1.6 * len(images))
     figure = Figure(figsize=(pictures_width + panels_width, height))
@@ -139,7 +139,7 @@ def patch_trace_figure(
     bar_title = _bar_title(part, quantity, metric)
     bar = max(0.75, 0.2 + 0.065 * max(map(len, bar_title.splitlines())))
     width = left + len(chosen) * (across + gap_across) + bar
-    title = _wrapped(title, width)
+    title = _wrapped(_with_noise_floor(title, result, metric), width)
     top = TitleTop + TitleLine * max(1, _n_lines(title)) + 0.35
     height = top + len(sites) * (down + gap_down) - gap_down + bottom
     figure = Figure(figsize=(width, height))
@@ -289,6 +289,14 @@ def _hatch(axes: Axes, marked: np.ndarray) -> None:
 def _shortened(token: Any, longest: int = LONGEST_LABEL) -> str:
     text = str(token)
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _with_noise_floor(title: str, result: xr.Dataset, metric: str) -> str:
+    """A title that says which differences are rounding."""
+    if "noise_floor" not in result:
+        return title
+    floor = float(result.noise_floor.sel(metric=metric))
+    return f"{title}{'; ' if title else ''}rounding below {floor:.0e} ({result.attrs['dtype']})"
 
 
 def _wrapped(title: str, width: float) -> str:

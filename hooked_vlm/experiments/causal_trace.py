@@ -70,7 +70,8 @@ def causal_trace(
         corrupted run and 1 as the clean one (NaN where those two do not differ: counted in ``n_undefined``). Cells
         that a tower or a row does not have are NaN. ``clean`` and ``corrupted`` over ``(metric, sample)``. ``token``
         labels positions; in LLaVA ``box`` says which part of its ``picture`` a position sees. ``identity`` marks cells
-        that give the source run by construction.
+        that give the source run by construction. ``noise_floor`` over ``metric``: rounding, which no effect below says
+        more than (:attr:`~hooked_vlm.sweep.Effects.noise_floor`).
 
     Raises:
         ValueError: a model that predicts no tokens; rows whose last positions differ; an unknown tower or site; no
@@ -111,12 +112,12 @@ def causal_trace(
         ]
         for cell in cells
     ]
-    scores = _mean_draws(sweep(model, run.inputs, patches, metric, base=run.edits, progress=progress), run.draws)
+    patched = sweep(model, run.inputs, patches, metric, base=run.edits, progress=progress)
     result = as_grid(
         model,
         clean,
         cells,
-        scores,
+        _mean_draws(patched, run.draws),
         metrics=METRICS,
         clean_scores=_mean_draws(metric(_repeat(clean_logits, corrupted.draws)), corrupted.draws),
         corrupted_scores=_mean_draws(metric(corrupted_logits), corrupted.draws),
@@ -124,6 +125,7 @@ def causal_trace(
         which=which,
     )
     result["identity"] = _identities(model, result, width, convention, clean, corrupted)
+    result["noise_floor"] = ("metric", patched.noise_floor.double().cpu().numpy())
     result["answer"] = ("sample", model.token_strings(answer))
     result["foil"] = ("sample", model.token_strings(foil))
     return result.assign_attrs(

@@ -232,9 +232,21 @@ class Chunk:
             for place, mask in one.dirt.items():
                 self._marks.setdefault(place, {})[row] = mask
         self.whole = {(place.tower, place.layer, place.stage) for one in sets for place in one.whole}
+        # Whoever writes scores or patterns can let a query read what its mask forbids.
+        self._unmasked = {
+            name.rsplit(".", 1)[0]
+            for one in sets
+            for name, edits in one.edits.items()
+            if name.endswith(PATTERNS) and not all(isinstance(edit, BlockAttention) for edit in edits)
+        }
 
     def __len__(self) -> int:
         return len(self.sets)
+
+    def _mask(self, tower: str, layer: int) -> Mask | None:
+        """Who may read whom in a tower's self-attention; None: everybody."""
+        is_unmasked = f"{tower}.blocks.{layer}.attn" in self._unmasked
+        return None if is_unmasked else self.trail.towers[tower].masks.get(layer)
 
     def marks(self, place: Place, size: int) -> Bool[ndarray, "set p"]:
         """What each set's own edits at a place make dirty."""
@@ -281,9 +293,9 @@ class Chunk:
         for layer in range(stop):
             place = Place(tower, layer, "attend")
             keys = dirty | self.marks(place._replace(reaches="keys"), trail.n_positions)
-            own = self.marked(place, keys)
-            keys = (keys | (own if self._is_whole(place) else False)) & _readable(needed[place], trail.masks.get(layer))
-            queries = (dirty | own | _reached(keys, trail.masks.get(layer))) & needed[place]
+            own, mask = self.marked(place, keys), self._mask(tower, layer)
+            keys = (keys | (own if self._is_whole(place) else False)) & _readable(needed[place], mask)
+            queries = (dirty | own | _reached(keys, mask)) & needed[place]
             entered, dirty = dirty, queries
             if (queries | keys).any():
                 yield Step(layer, "attend", queries | keys, queries, entered, keys)
@@ -315,7 +327,7 @@ class Chunk:
 
     def _needed(self, tower: str, stop: int, read: Bool[ndarray, " p"]) -> dict[Place, Bool[ndarray, " p"]]:
         """For each stage of a tower, the positions of what it puts out that anything reads."""
-        trail, needed = self.trail.towers[tower], {}
+        needed = {}
 
         def need(place: Place, read: Bool[ndarray, " p"]) -> Bool[ndarray, " p"]:
             needed[place] = np.ones_like(read) if self._is_whole(place) else read
@@ -326,7 +338,7 @@ class Chunk:
             read = need(Place(tower, layer, "feed_forward"), read)
             read = need(Place(tower, layer, "cross_attend"), read)
             read = need(Place(tower, layer, "attend"), read)
-            read = read | _readable(read, trail.masks.get(layer))
+            read = read | _readable(read, self._mask(tower, layer))
         return needed
 
 

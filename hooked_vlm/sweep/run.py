@@ -25,9 +25,9 @@ from hooked_vlm.sweep.wave import Wave
 class Effects(Tensor):
     """The metric of each edit set. A tensor like any other, that says how exact it is."""
 
-    noise_floor: float
-    """How far a run without edits strayed from the plain one in the sweep's batches, at most: rounding, in units of the
-    metric. Smaller effects than this say nothing."""
+    noise_floor: Float[Tensor, "..."]
+    """How far a run without edits strayed from the plain one in the sweep's batches, at most in any row: rounding, in
+    units of the metric. Smaller effects than this say nothing. One number, or one for each number a row's metric has."""
     alone: str
     """Why every set had a forward of its own; empty where work was shared."""
 
@@ -35,9 +35,10 @@ class Effects(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, values: Tensor, noise_floor: float = 0.0, alone: str = "") -> Effects:
+    def of(cls, values: Float[Tensor, "n_sets b ..."], floors: Sequence[Tensor] = (), alone: str = "") -> Effects:
         effects = values.as_subclass(cls)
-        effects.noise_floor, effects.alone = noise_floor, alone
+        effects.noise_floor = torch.stack([*floors]).amax(0) if floors else torch.zeros_like(values[0, 0])
+        effects.alone = alone
         return effects
 
 
@@ -85,7 +86,7 @@ def sweep(
     scorer = Scorer(compiler, trail, metric)
     batcher = Batcher(compiler, trail, scorer.n_read)
     effects: dict[int, Tensor] = {}
-    floors = [0.0]
+    floors: list[Tensor] = []
     with closing(track(range(len(sets)), "patching", shown=progress)) as done:
         for chunk in batcher.chunks(sets, None if batch_size == "auto" else batch_size):
             for index, effect, floor in _halving(scorer, inputs, batcher, chunk):
@@ -93,7 +94,7 @@ def sweep(
                 floors.append(floor)
                 next(done)
         next(done, None)
-    return Effects.of(torch.stack([effects[index] for index in range(len(sets))]), max(floors))
+    return Effects.of(torch.stack([effects[index] for index in range(len(sets))]), floors)
 
 
 def why_alone(
@@ -195,7 +196,7 @@ class Scorer:
 
 def _halving(
     scorer: Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
-) -> Iterator[tuple[int, Tensor, float]]:
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each set's index, its effect, and how far the chunk's null set strayed; in halves where memory is too short."""
     try:
         found = _run(scorer, inputs, batcher, sets)
@@ -214,13 +215,13 @@ def _halving(
 
 def _run(
     scorer: Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
-) -> list[tuple[int, Tensor, float]]:
+) -> list[tuple[int, Tensor, Tensor]]:
     """Beside the sets runs a null set, which goes the longest of their ways without an edit."""
     null = max(sets, key=batcher.tokens).without_edits()
     wave = Wave(scorer.compiler, inputs, scorer.trail, Chunk([*sets, null], scorer.trail))
     wave.run(scorer.read)
     *effects, of_null = scorer.of(wave)
-    floor = float((of_null - scorer.base_effect).abs().max())
+    floor = (of_null - scorer.base_effect).abs().amax(0)
     return [(one.index, effect, floor) for one, effect in zip(sets, effects, strict=True)]
 
 
