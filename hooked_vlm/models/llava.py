@@ -128,7 +128,7 @@ class HookedLlava(HookedVLM):
         return (inputs.input_ids == self.config.image_token_id).any(0).nonzero()[:, 0].tolist()
 
     def embed(
-        self, inputs: VLMInputs, seen: Float[Tensor, "_ p d_features"] | None = None
+        self, inputs: VLMInputs, seen: Float[Tensor, "_ p_image d_features"] | None = None
     ) -> Float[Tensor, "b p d_model"]:
         """Token embeddings, with the images' features in the places of image tokens.
 
@@ -147,7 +147,7 @@ class HookedLlava(HookedVLM):
         return embeds if features is None else embeds.masked_scatter(is_image[..., None], features.to(embeds))
 
     def encode_images(
-        self, inputs: VLMInputs, seen: Float[Tensor, "_ p d_features"] | None = None
+        self, inputs: VLMInputs, seen: Float[Tensor, "_ p_image d_features"] | None = None
     ) -> Float[Tensor, "n_features d_model"]:
         """All images' features, one after the other, as the language model reads them."""
         states = self.vision_encoder(self._tiles(inputs)) if seen is None else seen
