@@ -142,7 +142,9 @@ def machine() -> dict[str, str]:
     import torch
 
     versions = {"Python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    gpu = {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "CPU": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",

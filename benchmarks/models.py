@@ -49,10 +49,16 @@ class Size(ABC):
 
         return getattr(transformers, self.architecture)
 
-    def hf_model(self) -> Any:
+    def hf_model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """With weights in which a mistake would show: no bias is 0, no norm does nothing."""
         torch.manual_seed(0)
-        model = self.hf_class(self.config).eval().requires_grad_(False)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = self.hf_class(self.config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
         for name, parameter in model.named_parameters():
             self.draw(name, parameter)
         return model
