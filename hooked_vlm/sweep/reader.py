@@ -116,7 +116,8 @@ class SharedKeys:
         if kept is not None:
             kept = kept.expand(len(members), len(kept[0]), kept.shape[2], q.shape[2], self._clean_keys.shape[2])
             kept = rearrange(kept, "set row h n k -> row h (set n) k")
-        z = _fused(rearrange(q, "set row n h d -> row h (set n) d"), self._clean_keys, self._clean_values, kept)
+        q, kept = self._evenly(attention, rearrange(q, "set row n h d -> row h (set n) d"), kept, members)
+        z = _fused(q, self._clean_keys, self._clean_values, kept)
         return rearrange(z, "row h (set n) d -> set row n h d", set=len(members))
 
     def _over_own(
@@ -133,6 +134,7 @@ class SharedKeys:
         if kept is not None:
             kept = kept.expand(-1, q.shape[1], -1, q.shape[2], k.shape[2]).flatten(0, 1)
         q, k, v = (rearrange(states, "set row n h d -> (set row) h n d") for states in (q, k, v))
+        q, kept = self._evenly(attention, q, kept, members)
         return rearrange(_fused(q, k, v, kept), "(set row) h n d -> set row n h d", set=len(members))
 
     def _over_both(
@@ -148,11 +150,10 @@ class SharedKeys:
         """One softmax over two lots of keys, which are never put into one tensor."""
         assert self.own is not None
         is_own = torch.from_numpy(self.own.mask[members]).to(q.device)
-        n_shared = self._n_shared(members)
+        n_shared = self._n_shared(attention, members)
         keys, values = self._clean_keys[:, :, :n_shared], self._clean_values[:, :, :n_shared]
-        kept, groups, lowest = self._kept(queries, members), attention.n_heads // attention.n_kv_heads, -torch.inf
-        if attention.implementation == "eager" and not any(one in self.shut for one in members):
-            lowest = torch.finfo(q.dtype).min  # a query that may read nothing reads all alike, as in the plain run
+        kept, groups = self._kept(queries, members), attention.n_heads // attention.n_kv_heads
+        lowest = torch.finfo(q.dtype).min if self._reads_evenly(attention, members) else -torch.inf
 
         q = rearrange(q * attention.d_head**-0.5, "set row n (kv group) d -> row kv (set group n) d", group=groups)
         shared = rearrange(
@@ -193,11 +194,28 @@ class SharedKeys:
         )
         return rearrange(z / total.clamp(min=torch.finfo(total.dtype).tiny), "set row h n d -> set row n h d")
 
-    def _n_shared(self, members: Sequence[int]) -> int:
+    def _reads_evenly(self, attention: Attention, members: Sequence[int]) -> bool:
+        """Whether a query that the mask leaves nothing to read (padding) reads all keys alike, as in the plain run."""
+        is_spelled_out = self.mask is not None and not self.mask.is_plain_causal
+        return attention.implementation == "eager" and is_spelled_out and not any(one in self.shut for one in members)
+
+    def _evenly(
+        self,
+        attention: Attention,
+        q: Float[Tensor, "b h n d_head"],
+        kept: Bool[Tensor, "b _ n k"] | None,
+        members: Sequence[int],
+    ) -> tuple[Float[Tensor, "b h n d_head"], Bool[Tensor, "b _ n k"] | None]:
+        if kept is None or not self._reads_evenly(attention, members):
+            return q, kept
+        nothing = ~kept.any(-1, keepdim=True)
+        return q.masked_fill(nothing, 0), kept | nothing
+
+    def _n_shared(self, attention: Attention, members: Sequence[int]) -> int:
         """How many keys, from the first on, any of the sets shares; none that no query may read."""
         assert self.own is not None
         shared = ~self.own.mask[members]
-        if self.mask is not None:
+        if self.mask is not None and not self._reads_evenly(attention, members):
             shared = shared & self.mask.in_any_row.numpy()[self.queries.mask[members].any(0)].any(0)
         return int(np.flatnonzero(shared.any(0)).max(initial=0)) + 1
 

@@ -26,8 +26,8 @@ class Effects(Tensor):
     """The metric of each edit set. A tensor like any other, that says how exact it is."""
 
     noise_floor: Float[Tensor, "..."]
-    """How far a run without edits strayed from the plain one in the sweep's batches, at most in any row: rounding, in
-    units of the metric. Smaller effects than this say nothing. One number, or one for each number a row's metric has."""
+    """How far a run without edits strayed from the plain one in the batches, at most in any row: rounding, in units of
+    the metric. Smaller effects than this say nothing. One number, or one for each number a row's metric has."""
     alone: str
     """Why every set had a forward of its own; empty where work was shared."""
 
