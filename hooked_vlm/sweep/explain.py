@@ -25,7 +25,7 @@ from hooked_vlm.models import HookedVLM
 from hooked_vlm.sweep.batches import Batcher
 from hooked_vlm.sweep.plan import Chunk, Compiler, EditSet, Step
 from hooked_vlm.sweep.run import Scorer, why_alone
-from hooked_vlm.sweep.trail import TowerTrail, record
+from hooked_vlm.sweep.trail import TowerTrail
 from hooked_vlm.sweep.wave import passes
 
 
@@ -128,7 +128,7 @@ def _plan(
     reason = why_alone(model, edit_sets, base, metric)
     compiler = Compiler(model, inputs, base)
     with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
-        trail = record(model, inputs, base, compiler.first_layers(edit_sets))
+        trail = compiler.record(edit_sets)
     base_flops = float(counter.get_total_flops())
     if reason:
         n_sets = len(edit_sets)

@@ -5,7 +5,8 @@ Axes of masks: set, position; with a metric's positions, position. All here is b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,12 +17,12 @@ from numpy import ndarray
 
 from hooked_vlm.components import Mask
 from hooked_vlm.edits import BlockAttention, Edit, EditError
-from hooked_vlm.hook_point import HookPoint
+from hooked_vlm.hook_point import HookError, HookPoint
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.selection import APART, position_axis, position_mask
 from hooked_vlm.sweep.places import BESIDE, BLOCK_STAGES, PATTERNS, Place, Stage, place_of
-from hooked_vlm.sweep.trail import Trail
+from hooked_vlm.sweep.trail import Trail, record
 
 
 @dataclass
@@ -101,12 +102,26 @@ class Compiler:
     def sites(self, edits: Sequence[Edit]) -> list[tuple[str, Edit]]:
         return [(name, edit) for edit in edits for name in edit.names(self.model, self.inputs)]
 
-    def first_layers(self, sets: Sequence[Sequence[Edit]]) -> dict[str, int]:
+    def record(self, edit_sets: Sequence[Sequence[Edit]]) -> Trail:
+        """The base run, with what the sets need of it.
+
+        Raises:
+            EditError, HookError: an edit that does not fit; says of which set it is.
+        """
+        names: set[str] = set()
+        for index, edits in enumerate(edit_sets):
+            with said_of(index):
+                names.update(name for name, _ in self.sites(edits))
+        with said_of(None):
+            based = [name for name, _ in self.sites(self.base)]
+        heads = [name for name in {*names, *based} if (place := self.place(name)) and place.stage == "head"]
+        return record(self.model, self.inputs, self.base, self._first_layers(names), heads)
+
+    def _first_layers(self, names: Iterable[str]) -> dict[str, int]:
         """For each tower that has to be resumed, the first layer where it may be."""
         first: dict[str, int] = {}
         towers = self.model.towers
-        for name in {name for edits in sets for name, _ in self.sites(edits)}:
-            place = self.place(name)
+        for place in map(self.place, names):
             if place is None:
                 continue
             layer = 0 if place.stage == "enter" else place.layer
@@ -118,12 +133,12 @@ class Compiler:
 
     def compile_all(self, edit_sets: Sequence[Sequence[Edit]], trail: Trail) -> list[EditSet]:
         """Raises as :meth:`compile`, and says of which set it is."""
+        with said_of(None):
+            self.compile(-1, self.base, trail)
         compiled = []
         for index, edits in enumerate(edit_sets):
-            try:
+            with said_of(index):
                 compiled.append(self.compile(index, edits, trail))
-            except EditError as error:
-                raise EditError(f"edit set {index}: {error}") from None
         return compiled
 
     def compile(self, index: int, edits: Sequence[Edit], trail: Trail) -> EditSet:
@@ -135,7 +150,7 @@ class Compiler:
             passed = False
             for name in edit.names(self.model, self.inputs):
                 place, hook = self.place(name), self.model.hook_dict[name]
-                if place is not None and not self._is_passed(place, hook, trail):
+                if not self._is_passed(place, hook, trail):
                     continue
                 passed = True
                 if place is None:
@@ -215,11 +230,25 @@ class Compiler:
         """Whether the model's output is the last tower's logits, position by position."""
         return f"{self.model.towers[-1]}.hook_logits" in self.model.hook_dict
 
-    def _is_passed(self, place: Place, hook: HookPoint, trail: Trail) -> bool:
+    def _is_passed(self, place: Place | None, hook: HookPoint, trail: Trail) -> bool:
+        if place is None:  # run where someone looks
+            return hook.tower in trail.towers
+        if place.stage == "head":
+            return hook.name in trail.passed
         tower = trail.towers.get(place.tower)
         if place.stage == "enter" and hook.tower not in trail.towers:  # LLaVA's projector, or a tower that did not run
             return self.model.towers[self.model.towers.index(hook.tower) - 1] in trail.towers and tower is not None
         return tower is not None and (place.stage != "cross_attend" or tower.n_other > 0)
+
+
+@contextmanager
+def said_of(index: int | None) -> Iterator[None]:
+    """Errors of an edit say of which set it is; None for the base's."""
+    try:
+        yield
+    except (EditError, HookError) as error:
+        whose = "base edits" if index is None else f"edit set {index}"
+        raise type(error)(f"{whose}: {error}") from None
 
 
 class Chunk:
@@ -267,8 +296,13 @@ class Chunk:
             dirty |= fed.any(1, keepdims=True) & compiler.fed_positions(trail.n_positions)
         return dirty | self.marked(Place(tower, 0, "enter"), dirty)
 
+    def read_by_head(self, tower: str, read: Bool[ndarray, " p"]) -> Bool[ndarray, " p"]:
+        """What is read of the last tower's output: where its logits are, or all that an edit of them needs."""
+        return np.ones_like(read) if self._is_whole(Place(tower, 0, "head")) else read
+
     def head(self, tower: str, reached: Bool[ndarray, "set p"], read: Bool[ndarray, " p"]) -> Step:
         """The last tower's logits, where its output is dirty and they are read."""
+        read = self.read_by_head(tower, read)
         dirty = (reached | self.marked(Place(tower, 0, "head"), reached)) & read
         return Step(0, "head", dirty, dirty, reached & read)
 
@@ -303,6 +337,7 @@ class Chunk:
             if trail.n_other:
                 made = self.marks(place._replace(reaches="other"), trail.n_other)
                 made = made if other is None else made | other
+                made = made | (made.any(1, keepdims=True) & self._is_whole(place))
                 reached = dirty | made.any(1, keepdims=True)
                 entered, dirty = dirty, (reached | self.marked(place, reached)) & needed[place]
                 if dirty.any():

@@ -23,7 +23,7 @@ from hooked_vlm.components import Attention, KeyValues, Mask
 from hooked_vlm.sweep.tokens import Layout, Padded
 
 PatternEdits = Callable[[Tensor, str, int], Tensor]
-"""``(scores or pattern [row h n k], "scores" or "pattern", set) -> the same, edited``."""
+"""``(scores or pattern [row h n k], the hook point's name, set) -> the same, edited``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,8 +240,8 @@ class SharedKeys:
             values[:, :, own.positions[0]] = rearrange(own.of(v), "1 row own kv d -> row kv own d")
         mask = self.mask and Mask(self.mask.keep[:, :, queries.positions[0]], self.mask.dtype)
         scores = attention._scores(rearrange(q, "1 row n h d -> row h n d"), keys, mask)
-        scores = self.edit(scores, "scores", one)
-        pattern = self.edit(attention._softmax(scores), "pattern", one)
+        scores = self.edit(scores, "hook_attn_scores", one)
+        pattern = self.edit(attention._softmax(scores), "hook_pattern", one)
         return rearrange(pattern @ attention._for_each_query_head(values), "row h n d -> 1 row n h d")
 
 

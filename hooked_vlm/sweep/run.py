@@ -18,7 +18,7 @@ from hooked_vlm.models import HookedVLM
 from hooked_vlm.progress import track
 from hooked_vlm.sweep.batches import Batcher, is_out_of_memory
 from hooked_vlm.sweep.plan import Chunk, Compiler, EditSet
-from hooked_vlm.sweep.trail import Trail, record
+from hooked_vlm.sweep.trail import Trail
 from hooked_vlm.sweep.wave import Wave
 
 
@@ -81,7 +81,7 @@ def sweep(
         return _alone(model, inputs, edit_sets, metric, base, progress, reason)
     assert not isinstance(metric, Generated)
     compiler = Compiler(model, inputs, base)
-    trail = record(model, inputs, base, compiler.first_layers(edit_sets))
+    trail = compiler.record(edit_sets)
     sets = compiler.compile_all(edit_sets, trail)
     scorer = Scorer(compiler, trail, metric)
     batcher = Batcher(compiler, trail, scorer.n_read)

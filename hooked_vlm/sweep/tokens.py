@@ -73,7 +73,8 @@ class Layout:
         column = np.arange(length)
         held = column < counts[:, None]
         firsts = self.firsts[members][:, None, None] + np.arange(self.n_rows)[None, :, None] * counts[:, None, None]
-        tokens = np.where(held[:, None], firsts + column, 0)
+        # A column that is not held repeats its own set's first token: what is not finite there stays there.
+        tokens = firsts + np.where(held, column, 0)[:, None]
         return Padded(self.index(tokens), self.index(positions), self.index(held), bool(held.all()))
 
 
@@ -82,7 +83,7 @@ class Padded:
     """Tokens as a block of sets, rows and columns."""
 
     tokens: Int[Tensor, "set row n"]
-    """Which packed token; any for a column that is not held."""
+    """Which packed token; for a column that is not held, the set's first."""
     positions: Int[Tensor, "set n"]
     held: Bool[Tensor, "set n"]
     is_full: bool

@@ -57,19 +57,28 @@ class Trail:
 
     towers: dict[str, TowerTrail]
     logits: Float[Tensor, "b ..."]
+    passed: set[str]
+    """Of the hook points that were watched, those that the run passed."""
 
 
 @torch.no_grad()
-def record(model: HookedVLM, inputs: VLMInputs, base: Sequence[Edit], first: Mapping[str, int]) -> Trail:
+def record(
+    model: HookedVLM, inputs: VLMInputs, base: Sequence[Edit], first: Mapping[str, int], watched: Sequence[str] = ()
+) -> Trail:
     """Run the base run.
 
     Args:
         first: for each tower that is to be remembered, the first layer of it that is.
+        watched: hook points of which it is not known whether the run passes them.
     """
+    passed: set[str] = set()
     trails = {tower: TowerTrail() for tower in model.towers if hasattr(model.get_submodule(tower), "blocks")}
 
     def note_out(activation: Tensor, hook: HookPoint) -> None:
         trails[hook.tower].out = activation
+
+    def note_passed(activation: Tensor, hook: HookPoint) -> None:
+        passed.add(hook.name)
 
     with ExitStack() as recording:
         recording.enter_context(model.hooks(edit_hooks(model, inputs, base)))
@@ -77,8 +86,10 @@ def record(model: HookedVLM, inputs: VLMInputs, base: Sequence[Edit], first: Map
             recording.enter_context(_recorded(model.get_submodule(tower), trail, first.get(tower)))  # type: ignore[arg-type]
         for handle in model.add_hook([f"{tower}.hook_out" for tower in trails], note_out, reads=True):
             recording.callback(handle.remove)
+        for handle in model.add_hook(list(watched), note_passed, reads=True) if watched else []:
+            recording.callback(handle.remove)
         logits = model(inputs)
-    return Trail({tower: trail for tower, trail in trails.items() if trail.n_rows}, logits)
+    return Trail({tower: trail for tower, trail in trails.items() if trail.n_rows}, logits, passed)
 
 
 @contextmanager

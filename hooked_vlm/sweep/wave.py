@@ -7,6 +7,7 @@ changes, and from there on holds the positions that its edits have reached. A st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from hooked_vlm.hook_point import HookFunction, HookPoint
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.selection import Part
 from hooked_vlm.sweep.places import PATTERNS, Stage
-from hooked_vlm.sweep.plan import Chunk, Compiler, Step
+from hooked_vlm.sweep.plan import Chunk, Compiler, Step, said_of
 from hooked_vlm.sweep.reader import SharedKeys
 from hooked_vlm.sweep.tokens import Layout, Packed, nothing
 from hooked_vlm.sweep.trail import TowerTrail, Trail
@@ -50,7 +51,8 @@ class Wave:
         with self.model.hooks(hooks):
             for tower in self.trail.towers:
                 is_last, size = tower == self.model.towers[-1], self.trail.towers[tower].n_positions
-                self._pass(tower, read if is_last else self.compiler.read_positions(tower, size))
+                wanted = self.chunk.read_by_head(tower, read) if is_last else self.compiler.read_positions(tower, size)
+                self._pass(tower, wanted)
 
     def logits(self, read: Bool[ndarray, " p"]) -> Packed:
         """The last tower's logits, at those of the positions read that differ from the base run's."""
@@ -63,7 +65,8 @@ class Wave:
         if len(states.layout) == 0:
             return Packed(clean.new_zeros(1, 0, self.trail.logits.shape[-1]), states.layout)
         with self.model.hooks([(name, self._edit) for name in self._sites if self._stage(name) == "head"]):
-            return Packed(self.model.leave({tower: states.values}, self.inputs), states.layout)
+            logits = Packed(self.model.leave({tower: states.values}, self.inputs), states.layout)
+        return logits.carry(states.layout.mask & read, self.trail.logits)
 
     def outputs_of(self, one: int) -> Tensor:
         """The model's output for one set, where that is not logits position by position."""
@@ -72,7 +75,7 @@ class Wave:
             assert trail.out is not None
             packed = self.reached.get(tower)
             states[tower] = trail.out if packed is None else packed.of_set(one, trail.out)
-        with self.model.hooks(self._alone(one, "head")):
+        with self._said_of(one), self.model.hooks(self._alone(one, "head")):
             return self.model.leave(states, self.inputs)
 
     # Towers -----------------------------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ class Wave:
                 for name, own in self.trail.towers.items()
                 if own.out is not None and name != tower
             }
-            with self.model.hooks(self._alone(one, "enter", tower)):
+            with self._said_of(one), self.model.hooks(self._alone(one, "enter", tower)):
                 resid = self.model.enter(tower, self.inputs, states)
             values.append(resid[:, layout.index(layout.positions_of(one))].flatten(0, 1))
         return Packed(torch.cat(values)[None], layout)
@@ -207,10 +210,15 @@ class Wave:
                 continue
             tokens, part = layout.tokens_of(one), _part(layout, one)
             own = activation[0, tokens].unflatten(0, (layout.n_rows, int(layout.counts[one])))
-            for edit in edits:
-                own = edit.apply(own, hook, self.inputs, part)
+            with self._said_of(one):
+                for edit in edits:
+                    own = edit.apply(own, hook, self.inputs, part)
             activation[0, tokens] = own.flatten(0, 1)
         return activation
+
+    def _said_of(self, one: int) -> AbstractContextManager[None]:
+        index = self.chunk.sets[one].index
+        return said_of(None if index < 0 else index)
 
     def _alone(self, one: int, stage: Stage, tower: str | None = None) -> list[tuple[str, HookFunction]]:
         """One set's edits before a tower, or behind all, as plain hooks."""
@@ -236,22 +244,23 @@ class Wave:
         shut = {}
         for one in plain:
             shape = (queries.n_rows, n_heads, int(queries.counts[one]), n_keys)
-            masks = [edit.selected(shape, hook, self.inputs, _part(queries, one)) for edit in scores[one]]
+            with self._said_of(one):
+                masks = [edit.selected(shape, hook, self.inputs, _part(queries, one)) for edit in scores[one]]
             mask = torch.stack([mask.expand(shape) for mask in masks]).any(0)
             shut[one] = mask.to(queries.device)
-        dead: dict[int, Tensor] = {}
+        dead: list[Tensor] = []
 
-        def edit_pattern(activation: Tensor, which: str, one: int) -> Tensor:
-            point = PATTERNS[which == "pattern"]
+        def edit_pattern(activation: Tensor, point: str, one: int) -> Tensor:
             hook = self.model.hook_dict[f"{attention}.{point}"]
             for edit in self._sites.get(hook.name, {}).get(one, []):
-                if which == "pattern" and isinstance(edit, BlockAttention):
-                    activation = activation.masked_fill(dead.pop(id(edit)), 0)
+                is_block, before = isinstance(edit, BlockAttention), activation
+                if is_block and point == "hook_pattern":
+                    activation = activation.masked_fill(dead.pop(0), 0)
                     continue
-                before = activation
-                activation = edit.apply(activation, hook, self.inputs, _part(queries, one))
-                if isinstance(edit, BlockAttention):
-                    dead[id(edit)] = dead_rows(before, activation)
+                with self._said_of(one):
+                    activation = edit.apply(activation, hook, self.inputs, _part(queries, one))
+                if is_block:
+                    dead.append(dead_rows(before, activation))
             return activation
 
         return shut, [one for one in sets if one not in plain], edit_pattern
@@ -263,7 +272,7 @@ def passes(compiler: Compiler, chunk: Chunk, read: Bool[ndarray, " p"]) -> Itera
     for tower, trail in chunk.trail.towers.items():
         before, is_last = compiler.before(tower, chunk.trail), tower == compiler.model.towers[-1]
         fed = reached.get(before) if before else None
-        wanted = read if is_last else compiler.read_positions(tower, trail.n_positions)
+        wanted = chunk.read_by_head(tower, read) if is_last else compiler.read_positions(tower, trail.n_positions)
         if fed is not None or chunk.edits_in(tower):
             entered, other = chunk.entered(compiler, tower, fed), fed if trail.n_other else None
             for step in chunk.steps(tower, compiler.stop(tower), entered, other, wanted):
