@@ -146,7 +146,7 @@ class HookPoint(nn.Module):
     def _checked(self, replacement: Any, activation: Tensor, hook: HookFunction) -> Tensor | None:
         if replacement is None or replacement is activation:
             return None
-        function = getattr(hook, "__name__", repr(hook))
+        function = getattr(hook, "__name__", type(hook).__name__)
         if not isinstance(replacement, Tensor):
             raise HookError(
                 f"hook {function} at {self.name} returned {type(replacement).__name__}; a hook returns a tensor or None"

@@ -44,6 +44,10 @@ class Batcher:
             group.sort(key=self._order)
             yield from self._cut(group, batch_size)
 
+    def null(self, sets: Sequence[EditSet]) -> EditSet:
+        """A set that goes the longest of their ways and edits nothing: what it strays by is rounding."""
+        return max(sets, key=self.tokens).without_edits()
+
     def tokens(self, one: EditSet) -> int:
         """How many tokens a set holds at most, in any tower."""
         towers = list(self.trail.towers)

@@ -144,6 +144,8 @@ def _plan(
         for tower, step in passes(compiler, Chunk(chunk, trail), scorer.read):
             planned, least = _work(model, tower, trail.towers[tower], step)
             flops, floor = flops + planned, floor + least
+        for tower, step in passes(compiler, Chunk([batcher.null(chunk)], trail), scorer.read):
+            flops += _work(model, tower, trail.towers[tower], step)[0]
     return Plan(len(sets), tuple(_groups(compiler, batcher, sets)), n_chunks, flops, floor, base_flops, "")
 
 

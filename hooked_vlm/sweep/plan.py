@@ -77,7 +77,12 @@ class EditSet:
     @cached_property
     def looks_beside(self) -> bool:
         """Whether it edits what is made only where someone looks, which is large."""
-        return any(name.endswith((*BESIDE, *PATTERNS)) for name in self.edits)
+        return any(name.endswith(BESIDE) or _is_spelled_out(name, edits) for name, edits in self.edits.items())
+
+
+def _is_spelled_out(name: str, edits: Sequence[Edit]) -> bool:
+    """Whether edits are of scores or a pattern that have to be there for them; a knockout is a mask."""
+    return name.endswith(PATTERNS) and not all(isinstance(edit, BlockAttention) for edit in edits)
 
 
 def _add(edits: dict[str, list[Edit]], name: str, edit: Edit) -> None:
@@ -263,10 +268,7 @@ class Chunk:
         self.whole = {(place.tower, place.layer, place.stage) for one in sets for place in one.whole}
         # Whoever writes scores or patterns can let a query read what its mask forbids.
         self._unmasked = {
-            name.rsplit(".", 1)[0]
-            for one in sets
-            for name, edits in one.edits.items()
-            if name.endswith(PATTERNS) and not all(isinstance(edit, BlockAttention) for edit in edits)
+            name.rsplit(".", 1)[0] for one in sets for name, edits in one.edits.items() if _is_spelled_out(name, edits)
         }
 
     def __len__(self) -> int:

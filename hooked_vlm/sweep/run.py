@@ -41,6 +41,12 @@ class Effects(Tensor):
         effects.alone = alone
         return effects
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Effects:
+        return Effects.of(self.as_subclass(Tensor).clone(), [self.noise_floor.clone()], self.alone)
+
+
+torch.serialization.add_safe_globals([Effects])  # torch.save and torch.load take it for the tensor that it is
+
 
 @torch.no_grad()
 def sweep(
@@ -119,7 +125,7 @@ def _is_custom(kind: type[Edit]) -> bool:
     """Whether an edit is carried out by hooks that another module has written."""
     return any(
         getattr(kind, name) is not getattr(Edit, name) and not kind.__module__.startswith("hooked_vlm.")
-        for name in ("hooks", "apply", "selected", "names")
+        for name in ("hooks", "apply", "selected", "names", "places")
     )
 
 
@@ -216,9 +222,7 @@ def _halving(
 def _run(
     scorer: Scorer, inputs: VLMInputs, batcher: Batcher, sets: Sequence[EditSet]
 ) -> list[tuple[int, Tensor, Tensor]]:
-    """Beside the sets runs a null set, which goes the longest of their ways without an edit."""
-    null = max(sets, key=batcher.tokens).without_edits()
-    wave = Wave(scorer.compiler, inputs, scorer.trail, Chunk([*sets, null], scorer.trail))
+    wave = Wave(scorer.compiler, inputs, scorer.trail, Chunk([*sets, batcher.null(sets)], scorer.trail))
     wave.run(scorer.read)
     *effects, of_null = scorer.of(wave)
     floor = (of_null - scorer.base_effect).abs().amax(0)
