@@ -21,7 +21,9 @@ from hooked_vlm.metrics import (
     SequenceLogProbability,
     Together,
     at,
+    narrowed,
     normalized,
+    positions_read,
 )
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
@@ -167,3 +169,83 @@ def test_normalized_broadcasts() -> None:
     assert torch.equal(
         normalized(patched, clean, corrupted)[:, :, 1:2], normalized(patched[:, :, 1:2], clean, corrupted)
     )
+
+
+# What is read, and of less --------------------------------------------------------------------------------------------
+
+N_POSITIONS, TOKENS = 5, torch.tensor([0, 3, 1])
+EACH = torch.tensor([4, -4, 1])
+READS: list[tuple[Metric, list[int]]] = [
+    (Probability(TOKENS), [4]),
+    (Probability(TOKENS[:1], 0), [0]),
+    (LogProbability(TOKENS, -5), [0]),
+    (LogProbability(TOKENS, EACH), [1, 4]),
+    (LogitDifference(TOKENS, TOKENS.flip(0), torch.tensor([2])), [2]),
+    (LogitDifference(TOKENS, TOKENS.flip(0), EACH), [1, 4]),
+    (KLDivergence(torch.linspace(0, 3, 60).view(3, 5, 4).sin(), 3), [3]),
+    (KLDivergence(torch.linspace(0, 3, 60).view(3, 5, 4).sin(), EACH), [1, 4]),
+    (
+        SequenceLogProbability(
+            torch.arange(15).view(3, 5) % 4, torch.tensor([[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]] * 2)[:3]
+        ),
+        [1, 3],
+    ),
+    (Together((Probability(TOKENS), LogProbability(TOKENS, 1), Probability(TOKENS, 1))), [1, 4]),
+    (Together((Probability(TOKENS), lambda logits: logits[:, 0, 0])), [0, 1, 2, 3, 4]),
+    (lambda logits: logits[:, 2, 0], [0, 1, 2, 3, 4]),
+]
+each_reader = pytest.mark.parametrize(("metric", "read"), READS, ids=lambda value: type(value).__name__)
+
+
+@each_reader
+def test_the_positions_that_a_metric_reads(metric: Metric, read: list[int]) -> None:
+    """Numbers elsewhere may be anything; and unless it says which it reads, it may read all."""
+    assert positions_read(metric, N_POSITIONS) == read
+    logits = torch.randn(3, N_POSITIONS, 4)
+    elsewhere = logits.clone()
+    elsewhere[:, [place for place in range(N_POSITIONS) if place not in read]] = torch.nan
+    assert torch.equal(metric(elsewhere), metric(logits))
+
+
+@each_reader
+@given(st.data())
+def test_narrowed_to_what_it_reads_or_more_it_is_the_same(metric: Metric, read: list[int], data: st.DataObject) -> None:
+    more = sorted({*read, *data.draw(st.sets(st.integers(0, N_POSITIONS - 1)))})
+    logits = torch.linspace(0, 40, 3 * N_POSITIONS * 4).view(3, N_POSITIONS, 4).sin() * 3
+    assert torch.equal(narrowed(metric, more, N_POSITIONS)(logits[:, more]), metric(logits))
+
+
+def test_narrowed_twice() -> None:
+    logits, metric = torch.randn(3, N_POSITIONS, 4), Probability(TOKENS, EACH)
+    once = narrowed(metric, [1, 2, 4], N_POSITIONS)
+    assert positions_read(once, 3) == [0, 2]
+    assert torch.equal(narrowed(once, [0, 2], 3)(logits[:, [1, 4]]), metric(logits))
+
+
+def test_all_of_the_positions_leave_a_metric_as_it_is() -> None:
+    for metric, _ in READS:
+        assert narrowed(metric, range(N_POSITIONS), N_POSITIONS) is metric
+
+
+def test_where_no_target_is_read_every_position_is() -> None:
+    """Rather than none, of which no forward can be made."""
+    metric = SequenceLogProbability(torch.zeros(3, N_POSITIONS, dtype=torch.long), torch.zeros(3, N_POSITIONS))
+    assert positions_read(metric, N_POSITIONS) == list(range(N_POSITIONS))
+    assert metric(torch.randn(3, N_POSITIONS, 4)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("position", [5, -6, torch.tensor([0, 5, -1]), torch.tensor([-6])])
+def test_positions_that_the_logits_do_not_have(position: int | Tensor) -> None:
+    for metric in (Probability(TOKENS, position), Together((Probability(TOKENS), LogProbability(TOKENS, position)))):
+        with pytest.raises(ValueError, match=r"a metric reads positions \[(5|-6)\], and the logits have 5"):
+            positions_read(metric, N_POSITIONS)
+
+
+@pytest.mark.parametrize("length", [2, 9])
+@pytest.mark.parametrize("position", [-1, 1, -2])
+def test_narrowed_a_reference_has_its_own_last(length: int, position: int) -> None:
+    """Of a prompt of another length, say: the last position of the one is compared with the last of the other."""
+    logits = torch.randn(3, N_POSITIONS, 4)
+    metric = KLDivergence(torch.randn(3, length, 4), position)
+    read = positions_read(metric, N_POSITIONS)
+    torch.testing.assert_close(narrowed(metric, read, N_POSITIONS)(logits[:, read]), metric(logits))

@@ -153,21 +153,27 @@ class SharedKeys:
         n_shared = self._n_shared(attention, members)
         keys, values = self._clean_keys[:, :, :n_shared], self._clean_values[:, :, :n_shared]
         kept, groups = self._kept(queries, members), attention.n_heads // attention.n_kv_heads
-        lowest = torch.finfo(q.dtype).min if self._reads_evenly(attention, members) else -torch.inf
+        # As in the kernel: scores and their softmax in float32 at least, and rounded before values are summed.
+        dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        scale = attention.d_head**-0.5
+        lowest = torch.finfo(wide).min if self._reads_evenly(attention, members) else -torch.inf
 
-        q = rearrange(q * attention.d_head**-0.5, "set row n (kv group) d -> row kv (set group n) d", group=groups)
+        q = q * scale if dtype == wide else q
+        q = rearrange(q, "set row n (kv group) d -> row kv (set group n) d", group=groups)
         shared = rearrange(
             q @ keys.transpose(-1, -2),
             "row kv (set group n) k -> set row (kv group) n k",
             set=len(members),
             group=groups,
-        )
+        ).to(wide)
         per_set = rearrange(q, "row kv (set group n) d -> set row kv (group n) d", set=len(members), group=groups)
         anew = rearrange(
             per_set @ rearrange(k, "set row own kv d -> set row kv d own"),
             "set row kv (group n) own -> set row (kv group) n own",
             group=groups,
-        )
+        ).to(wide)
+        if dtype != wide:
+            shared, anew = shared.mul_(scale), anew.mul_(scale)
         if kept is not None:
             shared.masked_fill_(~kept[..., :n_shared], lowest)
             index = own.positions[:, None, None, None].expand(*kept.shape[:-1], -1)
@@ -180,19 +186,21 @@ class SharedKeys:
         top = top.clamp_(min=torch.finfo(top.dtype).min)
         shared, anew = shared.sub_(top).exp_(), anew.sub_(top).exp_()
         total = shared.sum(-1, keepdim=True) + anew.sum(-1, keepdim=True)
+        shared, anew = shared.to(dtype), anew.to(dtype)
         z = rearrange(
             rearrange(shared, "set row (kv group) n k -> row kv (set group n) k", group=groups) @ values,
             "row kv (set group n) d -> set row (kv group) n d",
             set=len(members),
             group=groups,
         )
-        z = z + rearrange(
+        z = z.to(wide) + rearrange(
             rearrange(anew, "set row (kv group) n own -> set row kv (group n) own", group=groups)
             @ rearrange(v, "set row own kv d -> set row kv own d"),
             "set row kv (group n) d -> set row (kv group) n d",
             group=groups,
         )
-        return rearrange(z / total.clamp(min=torch.finfo(total.dtype).tiny), "set row h n d -> set row n h d")
+        z = z / total.clamp(min=torch.finfo(wide).tiny)
+        return rearrange(z.to(dtype), "set row h n d -> set row n h d")
 
     def _reads_evenly(self, attention: Attention, members: Sequence[int]) -> bool:
         """Whether a query that the mask leaves nothing to read (padding) reads all keys alike, as in the plain run."""
