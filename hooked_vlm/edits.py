@@ -91,7 +91,7 @@ class Edit(ABC):
             HookError: the site is none, or matches none.
             EditError: a span of another tower.
         """
-        names = match_names(self.site, model.hook_names)
+        names = [self.site] if self.site in model.hook_dict else match_names(self.site, model.hook_names)
         for name in names:
             self._check_spans(model, model.hook_dict[name], inputs)
         return names

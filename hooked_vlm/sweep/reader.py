@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -262,6 +263,7 @@ def _fused(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=kept, enable_gqa=k.shape[1] < q.shape[1])
 
 
+@cache
 def _length_class(count: int) -> int:
     """Lengths that are run together: none is padded by more than a half."""
     return int(np.ceil(np.log(max(count, 1)) / np.log(1.5)))
