@@ -105,6 +105,8 @@ class SequenceLogProbability:
         return log_probabilities.masked_fill(~mask, 0).sum(1)
 
     def reads(self, n_positions: int) -> list[int]:
+        if self.targets.shape[1] != n_positions:
+            raise ValueError(f"targets of {self.targets.shape[1]} positions for logits of {n_positions}")
         return self.mask.bool().any(0).nonzero()[:, 0].tolist()
 
     def narrowed(self, positions: Sequence[int], n_positions: int) -> Metric:
@@ -125,7 +127,9 @@ class KLDivergence(ReadsOne):
         return terms.masked_fill(reference == -torch.inf, 0).sum(-1)
 
     def narrowed(self, positions: Sequence[int], n_positions: int) -> Metric:
-        return replace(super().narrowed(positions, n_positions), reference=self.reference[:, list(positions)])  # type: ignore[type-var]
+        # Its own position counts in the reference, which may be of another length.
+        own = at(self.reference, self.position)[:, None].expand(-1, len(positions), -1)
+        return replace(super().narrowed(positions, n_positions), reference=own)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)
