@@ -292,11 +292,11 @@ def _shortened(token: Any, longest: int = LONGEST_LABEL) -> str:
 
 
 def _with_noise_floor(title: str, result: xr.Dataset, metric: str) -> str:
-    """A title that says which differences are rounding."""
+    """A title that says below what a difference is rounding."""
     if "noise_floor" not in result:
         return title
     floor = float(result.noise_floor.sel(metric=metric))
-    return f"{title}{'; ' if title else ''}rounding below {floor:.0e} ({result.attrs['dtype']})"
+    return f"{title}{'; ' if title else ''}noise floor {floor:.0e} ({result.attrs['dtype']})"
 
 
 def _wrapped(title: str, width: float) -> str:
