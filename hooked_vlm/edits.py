@@ -46,7 +46,7 @@ class Edit(ABC):
         positions: along the position axis (for scores and patterns, the query axis); None for all. In a generation
             they count from the prompt's first, so that a step that reads none of them is not edited.
         heads: along the head axis; None for all.
-        neurons: along the last axis; None for all.
+        neurons: along the last axis (of scores and patterns: keys); None for all.
     """
 
     site: str
@@ -56,7 +56,10 @@ class Edit(ABC):
 
     @property
     def is_local(self) -> bool:
-        """Whether what it puts at a position depends on that position alone, so that others need not be at hand."""
+        """Whether what it puts at a position depends on that position alone, so that others need not be at hand.
+
+        A sweep is cheap only for edits that are. Override it in an edit of your own if it holds.
+        """
         return False
 
     @abstractmethod
@@ -325,7 +328,7 @@ def _with_dead_rows(scores_name: str, block: HookFunction) -> list[tuple[str, Ho
 class Function(Edit):
     """Any function of the activation: ``fn(activation, hook=hook_point)``, as for a hook.
 
-    What it changes cannot be known, so a planner must take everything from its site on to be changed.
+    What it changes cannot be known, so a sweep computes all positions from its site on anew.
     """
 
     fn: Callable[..., Tensor | None]

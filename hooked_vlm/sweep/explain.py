@@ -36,11 +36,12 @@ class Group:
     start: str
     n_sets: int
     dirty: float
-    """Positions that an edit set changes there, on average."""
+    """Positions that a set's first edit changes, on average over the sets."""
     held: int
-    """Positions that one of them comes to hold in a tower, at most."""
+    """The most tokens (positions times rows) that one of these sets has to compute in any tower."""
     needs_all: bool
-    """Whether an edit among them is a function, or otherwise needs all positions at hand and may change all."""
+    """Whether some set has an edit that may read and change all positions: a ``Function``, a ``Noise``, a ``Mean`` of
+    the activation's own, or an edit that is not ``is_local``."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ class Plan:
     flops: float
     """Of the whole sweep, its base run included, in matrix products."""
     floor: float
-    """What the sets' dirty positions need at least, and the base run."""
+    """What any method has to compute to give the numbers of the runs alone: the base run, and each position wherever it
+    differs."""
     base_flops: float
     alone: str
     """Why each set has a forward of its own, if so."""
 
     @property
     def forwards(self) -> float:
-        """How many forwards the sweep is worth; without sharing it would be as many as there are sets."""
+        """``flops`` in units of the base run. Without sharing it would be about the number of sets."""
         return self.flops / self.base_flops
 
     def __str__(self) -> str:
@@ -69,7 +71,7 @@ class Plan:
         console = Console(width=110, no_color=True, highlight=False)
         with console.capture() as captured:
             self.show(console)
-        return captured.get().rstrip()
+        return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
     def show(self, console: Any = None) -> None:
         """Print the plan as a table."""
@@ -87,7 +89,7 @@ class Plan:
             console.print(f"{self.n_sets:,} forwards, one a set: {self.alone}")
             return
         console.print(
-            f"{self.n_sets:,} sets in {self.chunks:,} batches: {self.flops / 1e9:.4g} GFLOP, base run and all, as much "
+            f"{self.n_sets:,} sets in {self.chunks:,} batch{'es' * (self.chunks != 1)}: {self.flops / 1e9:.4g} GFLOP, base run and all, as much "
             f"as {self.forwards:.3g} forwards; {self.flops / self.floor:.3f} of the floor ({self.floor / 1e9:.4g})"
         )
 
@@ -103,7 +105,8 @@ def explain(
     batch_size: int | Literal["auto"] = "auto",
     show: bool = True,
 ) -> Plan:
-    """What :func:`sweep` would do with the same arguments, printed. Only the base run is run, to learn its shapes.
+    """What :func:`sweep` would do with the same arguments, printed: where the sets start, how many positions they hold,
+    and the FLOPs. Only the base run is run, to learn its shapes.
 
     Args:
         show: print the plan.

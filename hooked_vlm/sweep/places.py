@@ -33,7 +33,8 @@ class Place(NamedTuple):
     """The block; 0 outside the blocks."""
     stage: Stage
     reaches: Literal["own", "keys", "other"] = "own"
-    """The position itself; through keys and values all that attend to it; or, of another tower's, all that do."""
+    """``"own"``: in this stage only the same position reads the change. ``"keys"``: so do all that attend to it.
+    ``"other"``: it is a key or value made of another tower's output, and all queries read it."""
 
 
 def place_of(name: str, model: HookedVLM) -> Place | None:

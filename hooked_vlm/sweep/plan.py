@@ -55,7 +55,7 @@ class EditSet:
     dirt: dict[Place, Bool[ndarray, " p"]] = field(default_factory=dict)
     """Positions at the places of the set's own edits."""
     whole: set[Place] = field(default_factory=set)
-    """Places that need all positions at hand, and may change all."""
+    """Stages in which an edit needs every position at hand, and may change every one."""
 
     @property
     def start(self) -> Place | None:

@@ -23,13 +23,17 @@ from hooked_vlm.sweep.wave import Wave
 
 
 class Effects(Tensor):
-    """The metric of each edit set. A tensor like any other, that says how exact it is."""
+    """The metric of each edit set. A tensor like any other, that says how exact it is.
+
+    Whatever is computed from it (indexing, ``view``, arithmetic) is a plain tensor, without these attributes.
+    """
 
     noise_floor: Float[Tensor, "..."]
-    """How far a run without edits strayed from the plain one in the batches, at most in any row: rounding, in units of
-    the metric. Smaller effects than this say nothing. One number, or one for each number a row's metric has."""
+    """How far a run without edits strayed from the base run, at most in any batch and row: rounding, in units of the
+    metric. Effects below it say nothing; in bfloat16 and float16 edited runs may stray further. One number, or one for
+    each number of a row's metric; 0 where every set ran alone."""
     alone: str
-    """Why every set had a forward of its own; empty where work was shared."""
+    """Why every set had a full forward of its own; empty if the sets shared work."""
 
     # What is computed from effects is a plain tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -65,14 +69,18 @@ def sweep(
     last layer no more than the metric reads; keys and values of the base run are shared. Equal to the runs alone but
     for rounding, whose size is measured on the way (:attr:`Effects.noise_floor`).
 
-    A metric that is not one of :mod:`hooked_vlm.metrics` is given all logits; one with ``reads`` and ``narrowed``
-    (:class:`~hooked_vlm.metrics.ReadsPositions`) only those that it reads, which is cheaper.
+    A metric that does not say which positions it reads (:class:`~hooked_vlm.metrics.ReadsPositions`) is given all
+    logits; the last layer is then computed at every position that an edit reaches.
 
     Args:
-        base: edits of every run, those that make it a corrupted one.
-        batch_size: how many sets run together; ``"auto"``: as many as free memory admits. Where memory is short all
-            the same, half as many are tried.
+        base: edits carried out in every run, before the set's own; with ``inputs`` they make the run that is edited (a
+            corrupted one, for denoising).
+        batch_size: how many sets run together; ``"auto"``: as many as 40 % of the free memory admits, up to the size
+            beyond which nothing gets faster. A batch that does not fit is halved and tried again.
         progress: show a progress bar, in a terminal.
+
+    Returns:
+        The metric of each set, in the order of ``edit_sets``.
 
     Raises:
         ValueError: no edit sets; a metric that does not give a number, or numbers, for each row; a batch size below 1.
