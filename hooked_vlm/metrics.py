@@ -32,8 +32,10 @@ class ReadsPositions(Protocol):
         ...
 
     def narrowed(self, positions: Sequence[int], n_positions: int) -> Metric:
-        """The same metric, of logits that hold only ``positions``, in that order, of what were ``n_positions``. They may
-        be more than it reads."""
+        """The same metric, of logits that hold only ``positions``, in that order, of what were ``n_positions``.
+
+        They may be more than it reads.
+        """
         ...
 
 

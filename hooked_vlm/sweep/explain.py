@@ -88,8 +88,9 @@ class Plan:
         if self.alone:
             console.print(f"{self.n_sets:,} forwards, one a set: {self.alone}")
             return
+        batches = f"{self.chunks:,} batch{'es' * (self.chunks != 1)}"
         console.print(
-            f"{self.n_sets:,} sets in {self.chunks:,} batch{'es' * (self.chunks != 1)}: {self.flops / 1e9:.4g} GFLOP, base run and all, as much "
+            f"{self.n_sets:,} sets in {batches}: {self.flops / 1e9:.4g} GFLOP, base run and all, as much "
             f"as {self.forwards:.3g} forwards; {self.flops / self.floor:.3f} of the floor ({self.floor / 1e9:.4g})"
         )
 
