@@ -137,8 +137,8 @@ class Outcome:
 def contest(grid: Grid, rivals: Sequence[str], effort: Effort) -> Outcome:
     """Ours, whole, against a sample of each rival's."""
     ours = Ours(grid)
+    unedited = ours.unedited()  # also makes the metric, which is no part of a sweep
     expected, our_flops = flops(partial(ours.scores, grid.cells))
-    unedited = ours.unedited()
     entrants, cannot = _enter(grid, rivals, effort, expected, unedited)
 
     timed: dict[str, Callable[[], float]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -209,11 +209,12 @@ class Wave:
             if not layout.counts[one]:
                 continue
             tokens, part = layout.tokens_of(one), _part(layout, one)
-            own = activation[0, tokens].unflatten(0, (layout.n_rows, int(layout.counts[one])))
+            own = edited = activation[0, tokens].unflatten(0, (layout.n_rows, int(layout.counts[one])))
             with self._said_of(one):
                 for edit in edits:
-                    own = edit.apply(own, hook, self.inputs, part)
-            activation[0, tokens] = own.flatten(0, 1)
+                    edited = edit.apply(edited, hook, self.inputs, part)
+            if edited is not own:
+                activation[0, tokens] = edited.flatten(0, 1)
         return activation
 
     def _said_of(self, one: int) -> AbstractContextManager[None]:
@@ -246,8 +247,8 @@ class Wave:
             shape = (queries.n_rows, n_heads, int(queries.counts[one]), n_keys)
             with self._said_of(one):
                 masks = [edit.selected(shape, hook, self.inputs, _part(queries, one)) for edit in scores[one]]
-            mask = torch.stack([mask.expand(shape) for mask in masks]).any(0)
-            shut[one] = mask.to(queries.device)
+            mask = reduce(torch.logical_or, masks)  # of one head, where it is the same for all
+            shut[one] = mask.expand(shape[0], -1, *shape[2:]).to(queries.device)
         dead: list[Tensor] = []
 
         def edit_pattern(activation: Tensor, point: str, one: int) -> Tensor:
