@@ -97,7 +97,6 @@ class Compiler:
     def __init__(self, model: HookedVLM, inputs: VLMInputs, base: Sequence[Edit]) -> None:
         self.model, self.inputs, self.base = model, inputs, base
         self._places: dict[str, Place | None] = {}
-        self._order = {name: index for index, name in enumerate(model.hook_names)}
 
     def place(self, name: str) -> Place | None:
         if name not in self._places:
