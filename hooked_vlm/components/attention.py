@@ -170,7 +170,8 @@ class Attention(nn.Module):
         path = partial(self._project_heads, name, own)
         if own.edited is None:
             return follow(main, False, path, own.shown)
-        return torch.where(own.edited[..., None], path(), main)
+        heads = path()
+        return torch.where(own.edited[..., None], heads, follow(main, False, lambda: heads, own.shown))
 
     def _project_heads(self, name: ProjectionName, own: Split) -> Float[Tensor, "b p h d_head"]:
         heads = own.shown if own.normalize is None else own.normalize(own.shown)
