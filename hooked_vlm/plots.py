@@ -296,7 +296,7 @@ def _with_noise_floor(title: str, result: xr.Dataset, metric: str) -> str:
     if "noise_floor" not in result:
         return title
     floor = float(result.noise_floor.sel(metric=metric))
-    return f"{title}{'; ' if title else ''}noise floor {floor:.0e} ({result.attrs['dtype']})"
+    return f"{title}{'; ' if title else ''}noise floor {floor:.0g} ({result.attrs['dtype']})"
 
 
 def _wrapped(title: str, width: float) -> str:

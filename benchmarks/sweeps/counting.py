@@ -11,23 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from hooked_vlm.sweep.explain import FUSED_ON_CPU
 
 Result = TypeVar("Result")
 
 
 def flops(call: Callable[[], Result]) -> tuple[Result, int]:
     """What a call gives, and the floating-point operations of its matrix products."""
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    )
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
     with counter:
         result = call()
     return result, counter.get_total_flops()
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, out_shape: Any = None, **_named: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
