@@ -317,7 +317,7 @@ class VLMInputs:
 
 
 def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, ...]:
-    matches = list(re.finditer(_pattern(wanted), piece.text, flags=re.IGNORECASE)) if wanted.strip() else []
+    matches = occurrences(piece.text, wanted)
     if not matches:
         raise SpanError(f"{wanted!r} does not occur in {piece.text!r}")
     if occurrence is None and len(matches) > 1:
@@ -328,11 +328,18 @@ def _find(piece: TextPiece, wanted: str, occurrence: int | None) -> tuple[int, .
         raise SpanError(
             f"{wanted!r} occurs {len(matches)} times in {piece.text!r}; there is no occurrence {occurrence}"
         )
-    start, end = matches[occurrence or 0].span()
+    start, end = matches[occurrence or 0]
     positions = piece.positions_of(start, end)
     if not positions:
         raise SpanError(f"{wanted!r} has no tokens of its own in {piece.text!r}")
     return positions
+
+
+def occurrences(text: str, wanted: str) -> list[tuple[int, int]]:
+    """Where ``wanted`` stands in a text as whole words, whatever their case: (first, one past the last) character."""
+    if not wanted.strip():
+        return []
+    return [match.span() for match in re.finditer(_pattern(wanted), text, flags=re.IGNORECASE)]
 
 
 def _pattern(wanted: str) -> str:

@@ -1,5 +1,6 @@
 """Samples and counterfactual pairs."""
 
+from hooked_vlm.data.samples import Dropped, Sample, SampleError, Samples, span_of
 from hooked_vlm.data.scene import COLORS, SHAPES, Scene, ShapeObject, render
 from hooked_vlm.data.shapes import (
     KINDS,
@@ -9,13 +10,18 @@ from hooked_vlm.data.shapes import (
     SymmetricTokenReplacement,
     generate,
     sample,
+    shapes,
 )
 
 __all__ = [
     "COLORS",
     "KINDS",
     "SHAPES",
+    "Dropped",
     "Question",
+    "Sample",
+    "SampleError",
+    "Samples",
     "Scene",
     "SemanticImagePair",
     "ShapeObject",
@@ -24,4 +30,6 @@ __all__ = [
     "generate",
     "render",
     "sample",
+    "shapes",
+    "span_of",
 ]

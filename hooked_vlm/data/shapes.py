@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from hooked_vlm.data.samples import Sample, Samples
 from hooked_vlm.data.scene import COLORS, GRID, SHAPES, Scene, ShapeObject
 
 KINDS: tuple[str, ...] = ("color", "shape", "count", "exists")
@@ -179,6 +180,37 @@ class ShapesSample:
         """One mask an object, in the order of ``objects``."""
         return self.scene.masks
 
+    def as_sample(self) -> Sample:
+        """The record that every method takes.
+
+        Its foil is the answer on the counterfactual picture. The span ``subject`` is the words for what is asked about,
+        the region ``object`` the pixels of all that they are true of, ``changed`` those of the object that the
+        counterfactual picture changes.
+        """
+        asked = self.asked
+        things = [word for word in (asked.color, asked.shape) if word]
+        first, last = things[0], things[-1]
+        start = self.question.index(first)
+        end = self.question.index(last) + len(last)
+        end += self.question[end : end + 1] == "s"
+        masks = self.masks
+        regions = {"changed": masks[self.sip.changed]}
+        if self.about:
+            regions["object"] = masks[list(self.about)].any(0)
+        return Sample(
+            f"shapes-{self.seed}-{self.index}",
+            lambda: self.image,
+            self.question,
+            self.answer,
+            self.sip.answer,
+            image_cf=lambda: self.sip.image,
+            question_cf=self.str_.question,
+            spans={"subject": (start, end)},
+            regions=regions,
+            group=self.kind,
+            meta={"answer_str": self.str_.answer},
+        )
+
 
 def sample(
     seed: int,
@@ -220,6 +252,16 @@ def generate(
     """The first ``n`` samples of the sequence that ``seed`` names; see :func:`sample`."""
     _check(kinds, object_counts)
     return (sample(seed, index, kinds, object_counts) for index in range(n))
+
+
+def shapes(
+    n: int,
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+    object_counts: Sequence[int] = OBJECT_COUNTS,
+) -> Samples:
+    """The same as the records that methods take; see :meth:`ShapesSample.as_sample`."""
+    return Samples(one.as_sample() for one in generate(n, seed, kinds, object_counts))
 
 
 def _check(kinds: Sequence[str], object_counts: Sequence[int]) -> None:
