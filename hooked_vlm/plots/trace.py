@@ -1,37 +1,35 @@
-"""Every figure. Each function draws one and returns it; :func:`save_figure` writes PNG and PDF."""
+"""Figures of causal traces: heatmaps over tokens, and maps over the picture."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from hooked_vlm import results
-from hooked_vlm.files import whole_file
+from hooked_vlm.plots.style import (
+    COLOR_MAPS,
+    LONGEST_ANSWER,
+    SITE_TITLES,
+    RowHeight,
+    TitleLine,
+    TitleTop,
+    draw_images,
+    hatch,
+    n_lines,
+    shortened,
+    with_noise_floor,
+    wrapped,
+    write_title,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SITE_TITLES = {
-    "resid": "residual stream",
-    "attn": "self-attention",
-    "cross_attn": "cross-attention",
-    "mlp": "MLP",
-}
-COLOR_MAPS = {"resid": "Purples", "attn": "Greens", "cross_attn": "Oranges", "mlp": "Blues"}
-
 Quantity = Literal["patched", "effect", "normalized"]
-RowHeight = 0.27
-"""Inches of one token's row."""
-TitleSize, TitleTop, TitleLine = 10, 0.12, 0.17
-"""Of a figure's title: points, inches above it, inches a line."""
-LONGEST_LABEL, LONGEST_ANSWER = 24, 11
-"""Letters of a token beside a row, and above a color bar."""
 
 
 def causal_trace_figure(
@@ -62,17 +60,17 @@ def causal_trace_figure(
         raise ValueError("the result holds single patches of an image alone: they are drawn by patch_trace_figure")
     n_sites = max(part.sizes["site"] for part in towers)
     heights = [max(0.8, RowHeight * part.sizes["position"]) for part in towers]
-    longest = max(len(_shortened(token)) for part in towers for token in part.token.values)
+    longest = max(len(shortened(token)) for part in towers for token in part.token.values)
     left = max(0.95, 0.45 + 0.062 * longest)
     pictures_width, panels_width = (2.0 if images else 0.0), left + 0.15 + 2.35 * n_sites
-    title = _wrapped(_with_noise_floor(title, result, metric), pictures_width + panels_width)
-    top = TitleTop + TitleLine * max(2, _n_lines(title)) + 0.39
+    title = wrapped(with_noise_floor(title, result, metric), pictures_width + panels_width)
+    top = TitleTop + TitleLine * max(2, n_lines(title)) + 0.39
     height = top + max(sum(heights) + 0.9 * len(towers) - 0.1, 1.6 * len(images))
     figure = Figure(figsize=(pictures_width + panels_width, height))
     right: Any = figure
     if images:
         panels: Any = figure.subfigures(1, 2, width_ratios=[pictures_width, panels_width])
-        _draw_images(panels[0], images, top=1 - (top - 0.1) / height)
+        draw_images(panels[0], images, top=1 - (top - 0.1) / height)
         right = panels[1]
     grid = right.subplots(
         len(towers), n_sites, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.9 / np.mean(heights)}
@@ -93,7 +91,7 @@ def causal_trace_figure(
         bottom=0.5 / height,
         wspace=0.36,
     )
-    _write_title(figure, title)
+    write_title(figure, title)
     return figure
 
 
@@ -139,8 +137,8 @@ def patch_trace_figure(
     bar_title = _bar_title(part, quantity, metric)
     bar = max(0.75, 0.2 + 0.065 * max(map(len, bar_title.splitlines())))
     width = left + len(chosen) * (across + gap_across) + bar
-    title = _wrapped(_with_noise_floor(title, result, metric), width)
-    top = TitleTop + TitleLine * max(1, _n_lines(title)) + 0.35
+    title = wrapped(with_noise_floor(title, result, metric), width)
+    top = TitleTop + TitleLine * max(1, n_lines(title)) + 0.35
     height = top + len(sites) * (down + gap_down) - gap_down + bottom
     figure = Figure(figsize=(width, height))
     grid = figure.subplots(len(sites), len(chosen), squeeze=False)
@@ -165,19 +163,8 @@ def patch_trace_figure(
         figure.colorbar(ScalarMappable(tint.norm, tint.on_white), cax=bar_axes).ax.tick_params(labelsize=7)
         if place == 0:
             bar_axes.set_title(bar_title, fontsize=8, pad=5, loc="left", parse_math=False)
-    _write_title(figure, title)
+    write_title(figure, title)
     return figure
-
-
-def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write ``path`` with the endings ``.png`` (200 dots an inch) and ``.pdf``; returns both paths."""
-    written = []
-    for ending in (".png", ".pdf"):
-        target = Path(path).with_suffix(ending)
-        with whole_file(target) as temporary:
-            figure.savefig(temporary, dpi=200)
-        written.append(target)
-    return written
 
 
 def _without_patches(part: xr.Dataset) -> xr.Dataset:
@@ -225,29 +212,18 @@ def _draw_over(axes: Axes, image: Any, boxes: np.ndarray, values: np.ndarray, ti
     axes.set_yticks([])
 
 
-def _draw_images(figure: Any, images: Sequence[tuple[str, Any]], *, top: float) -> None:
-    column = figure.subplots(max(2, len(images)), 1, squeeze=False, gridspec_kw={"top": top, "hspace": 0.25})[:, 0]
-    for axes in column[len(images) :]:
-        axes.remove()
-    for axes, (caption, image) in zip(column, images, strict=False):
-        axes.imshow(image)
-        axes.set_title(caption, fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
-
-
 def _draw_heatmap(axes: Axes, part: xr.Dataset, site: str, quantity: Quantity, metric: str) -> None:
     values = part[quantity].transpose("position", "layer").values
     low, high = _scale(values, _ends(part, quantity))
     mesh = axes.pcolormesh(values, cmap=COLOR_MAPS.get(site, "Greys"), vmin=low, vmax=high)
-    _hatch(axes, part.identity.transpose("position", "layer").values)
+    hatch(axes, part.identity.transpose("position", "layer").values)
     axes.invert_yaxis()
     axes.set_title(SITE_TITLES.get(site, site), fontsize=9, loc="left")
     axes.set_xlabel("layer", fontsize=8)
     layers = part.layer.values
     step = next(step for step in (1, 2, 5, 10, len(layers)) if len(layers) <= 10 * step)
     axes.set_xticks(np.arange(0, len(layers), step) + 0.5, layers[::step])
-    axes.set_yticks(np.arange(part.sizes["position"]) + 0.5, map(_shortened, part.token.values), parse_math=False)
+    axes.set_yticks(np.arange(part.sizes["position"]) + 0.5, map(shortened, part.token.values), parse_math=False)
     axes.tick_params(labelsize=8, length=2)
     # As high as the heatmap, however high that is: its title must stand above both.
     slender = max(20.0, RowHeight * part.sizes["position"] / 0.13)
@@ -273,45 +249,7 @@ def _scale(values: np.ndarray, ends: tuple[float, float]) -> tuple[float, float]
 
 
 def _bar_title(part: xr.Dataset, quantity: Quantity, metric: str) -> str:
-    answer, foil = (_shortened(name.values, LONGEST_ANSWER) for name in (part.answer, part.foil))
+    answer, foil = (shortened(name.values, LONGEST_ANSWER) for name in (part.answer, part.foil))
     break_ = "\n" if len(answer) + len(foil) > LONGEST_ANSWER else " "
     score = f"p({answer})" if metric == "probability" else f"{answer}{break_}− {foil}"
     return {"patched": score, "effect": f"Δ {score}", "normalized": f"norm. {score}"}[quantity]
-
-
-def _hatch(axes: Axes, marked: np.ndarray) -> None:
-    from matplotlib.patches import Rectangle
-
-    for row, column in zip(*np.nonzero(marked), strict=True):
-        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0))
-
-
-def _shortened(token: Any, longest: int = LONGEST_LABEL) -> str:
-    text = str(token)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _with_noise_floor(title: str, result: xr.Dataset, metric: str) -> str:
-    """A title that says below what a difference is rounding."""
-    if "noise_floor" not in result:
-        return title
-    floor = float(result.noise_floor.sel(metric=metric))
-    return f"{title}{'; ' if title else ''}noise floor {floor:.0g} ({result.attrs['dtype']})"
-
-
-def _wrapped(title: str, width: float) -> str:
-    """A title in lines that fit into ``width`` inches."""
-    letters = int((width - 0.4) * 72 / (0.62 * TitleSize))
-    return "\n".join(
-        part for line in title.splitlines() for part in textwrap.wrap(line, letters, break_on_hyphens=False) or [""]
-    )
-
-
-def _n_lines(title: str) -> int:
-    return title.count("\n") + 1
-
-
-def _write_title(figure: Figure, title: str) -> None:
-    width, height = figure.get_size_inches()
-    place = {"x": 0.2 / width, "ha": "left", "y": 1 - TitleTop / height, "va": "top"}
-    figure.suptitle(title, fontsize=TitleSize, parse_math=False, **place)
