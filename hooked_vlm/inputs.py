@@ -253,13 +253,33 @@ class VLMInputs:
         return Span(self.text_tower, tuple(_find(piece, text, occurrence) for piece in self.texts))
 
     def positions(self, span: str, occurrence: int | None = None) -> Span:
-        """A span by its name, or else by its text."""
+        """A span by its name, or else by its text; or several, added and taken away: ``"image - image.object"``.
+
+        Raises:
+            SpanError: there is no such span; spans of several towers; nothing is left in a row.
+        """
         if span in self.spans:
             return self.spans[span]
         try:
             return self.span(span, occurrence=occurrence)
         except SpanError as error:
+            parts = re.split(r"\s([+-])\s", span)
+            if len(parts) > 1:
+                return self._combined(parts)
             raise SpanError(f"{error}; named spans: {', '.join(self.spans) or 'none'}") from None
+
+    def _combined(self, parts: Sequence[str]) -> Span:
+        first = self.positions(parts[0])
+        rows = [set(row) for row in first.rows]
+        for sign, name in zip(parts[1::2], parts[2::2], strict=True):
+            other = self.positions(name)
+            if other.tower != first.tower:
+                raise SpanError(f"{parts[0]!r} is in {first.tower}, {name!r} in {other.tower}: they cannot be combined")
+            for row, positions in zip(rows, other.rows, strict=True):
+                row.update(positions) if sign == "+" else row.difference_update(positions)
+        if not all(rows):
+            raise SpanError(f"nothing is left of {' '.join(parts)!r} in row {[bool(row) for row in rows].index(False)}")
+        return Span(first.tower, tuple(tuple(sorted(row)) for row in rows))
 
     def positions_in(
         self,

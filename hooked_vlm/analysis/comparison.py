@@ -20,6 +20,7 @@ from hooked_vlm.edits import Replace
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.metrics import Metric
 from hooked_vlm.models import HookedVLM
+from hooked_vlm.statistics import rank_correlation
 from hooked_vlm.sweep import sweep
 
 if TYPE_CHECKING:
@@ -136,17 +137,6 @@ def worst(compared: xr.Dataset, n: int = 10) -> xr.Dataset:
     dim = "node" if "node" in compared.dims else "edge"
     errors = abs(compared.approximate - compared.exact).mean("sample")
     return compared.assign(error=errors).isel({dim: np.argsort(-errors.values, kind="stable")[:n]}).drop_dims("group")
-
-
-def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    """Spearman's: Pearson's, of ranks; equal values have their ranks' mean. NaN where either does not vary."""
-    ranks = np.stack([_ranks(one), _ranks(other)])
-    return float("nan") if (ranks.std(1) == 0).any() else float(np.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse].astype(np.float64)
 
 
 def _cells(effects: xr.Dataset, kind: str, n: int | None, generator: np.random.Generator) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ to its corrupted value in a clean run (noising). What that does to the answer sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,13 +15,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
-from hooked_vlm.corruptions import Corrupted, Corruption, describe
+from hooked_vlm.corruptions import Corrupted, Corruption
+from hooked_vlm.data.samples import Sample
 from hooked_vlm.edits import Replace, edit_hooks
+from hooked_vlm.experiments.cases import QUESTION, CorruptionOf, Scored, described, ready
 from hooked_vlm.experiments.cells import ALL, GROUPS, Cell, Which, as_grid, list_cells, n_layers
-from hooked_vlm.experiments.sites import WindowConvention, site_name, window
+from hooked_vlm.experiments.over_samples import over_samples
+from hooked_vlm.experiments.roles import Roles, with_roles
+from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
+from hooked_vlm.experiments.sites import SiteKind, WindowConvention, site_name, window
 from hooked_vlm.hooks import match_names
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.metrics import LogitDifference, Probability, Together, at
+from hooked_vlm.metrics import at
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.results import provenance
 from hooked_vlm.sweep import sweep
@@ -30,14 +35,13 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Direction = Literal["denoising", "noising"]
-METRICS = ("probability", "logit_difference")
 
 
 @torch.no_grad()
 def causal_trace(
     model: HookedVLM,
-    clean: VLMInputs,
-    corruption: Corruption,
+    clean: VLMInputs | Sample | Sequence[Sample],
+    corruption: CorruptionOf,
     *,
     towers: Sequence[str] | None = None,
     sites: Sequence[str] | None = None,
@@ -46,13 +50,20 @@ def causal_trace(
     direction: Direction = "denoising",
     which: Which = "all",
     all_positions: bool = False,
+    severed: SiteKind | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     answer: Int[Tensor, " b"] | None = None,
     foil: Int[Tensor, " b"] | None = None,
+    roles: Roles = "template",
+    prompt: str = QUESTION,
+    scored: Scored = "given",
     progress: bool = False,
 ) -> xr.Dataset:
-    """Trace every state of the text towers, for each row of ``clean``.
+    """Trace every state of the text towers, for each row of ``clean``, or for each of many samples.
 
     Args:
+        corruption: of inputs, a :class:`~hooked_vlm.corruptions.Corruption`; of samples also ``"sip"``, ``"str"``, or a
+            function that makes one of each.
         towers: by default every tower but the vision encoder.
         sites: by default all that a tower has: ``resid``, ``attn``, ``cross_attn``, ``mlp``.
         width: how many layers are patched together around each; ``convention`` as in :func:`window`.
@@ -61,25 +72,68 @@ def causal_trace(
             the ``"image"``'s.
         all_positions: patch all positions of a tower together, too: position -1, labelled ``(all)``; and all of the
             image among them: position -2, ``(image)``.
+        severed: ``"mlp"``, ``"attn"`` or ``"cross_attn"``: sub-layers of that kind, in the layers after the patch and
+            at its positions, keep what they write in the run that is patched, and so cannot answer to it (Meng et al.
+            2022, figure 3).
+        metrics: of :data:`~hooked_vlm.experiments.scores.METRICS`.
         answer: the token scored; by default what the clean run finds likeliest.
         foil: the token it is held against; by default the likeliest other one in the corrupted run.
+        roles: of samples: how positions are named, for :func:`~hooked_vlm.experiments.roles.by_role`.
+        prompt: of samples: what is asked, around the question.
+        scored: of samples, in place of ``answer`` and ``foil``: as of :func:`~hooked_vlm.experiments.cases.ready`.
 
     Returns:
-        Variables over ``(metric, sample, tower, site, layer, position)``, the metrics being ``probability`` and
-        ``logit_difference``: ``patched``; ``effect``, patched less the run that was patched; ``normalized``, 0 as the
-        corrupted run and 1 as the clean one (NaN where those two do not differ: counted in ``n_undefined``). Cells
-        that a tower or a row does not have are NaN. ``clean`` and ``corrupted`` over ``(metric, sample)``. ``token``
-        labels positions; in LLaVA ``box`` says which part of its ``picture`` a position sees. ``identity`` marks cells
-        that give the source run by construction. ``noise_floor`` over ``metric``: rounding, which no effect below says
-        more than (:attr:`~hooked_vlm.sweep.Effects.noise_floor`).
+        Variables over ``(metric, sample, tower, site, layer, position)``: ``patched``; ``effect``, patched less the
+        run that was patched; ``normalized``, 0 as the corrupted run and 1 as the clean one (NaN where those two do not
+        differ: counted in ``n_undefined``). Cells that a tower or a row does not have are NaN. ``clean`` and
+        ``corrupted`` over ``(metric, sample)``. ``token`` labels positions; in LLaVA ``box`` says which part of its
+        ``picture`` a position sees. ``identity`` marks cells that give the source run by construction. ``noise_floor``
+        over ``metric``: rounding, which no effect below says more than
+        (:attr:`~hooked_vlm.sweep.Effects.noise_floor`). Of samples, ``correct`` says whether the clean run gives the
+        scored answer, and ``role`` what a position is to the question.
 
     Raises:
+        SampleError: a single sample that cannot be used; of several, such are dropped and counted.
         ValueError: a model that predicts no tokens; rows whose last positions differ; an unknown tower or site; no
             positions of the kind that ``which`` says; a vision encoder's rows that are not the batch's.
     """
+    settings = {
+        "direction": direction,
+        "window": width,
+        "window_convention": convention,
+        "severed": severed or "nothing",
+        "metrics": list(metrics),
+    }
+    if not isinstance(clean, VLMInputs):
+        options: dict[str, Any] = {
+            "towers": towers,
+            "sites": sites,
+            "width": width,
+            "convention": convention,
+            "direction": direction,
+            "which": which,
+            "all_positions": all_positions,
+            "severed": severed,
+            "metrics": metrics,
+        }
+
+        def one(sample: Sample) -> xr.Dataset:
+            case = ready(model, sample, corruption, prompt=prompt, scored=scored)
+            assert case.corruption is not None
+            found = causal_trace(model, case.clean, case.corruption, answer=case.answer, foil=case.foil, **options)
+            found["correct"] = ("sample", [case.is_correct])
+            return with_roles(model, case.clean, found, roles)
+
+        asked = {"prompt": prompt, "scored": scored}
+        found = over_samples(
+            model, clean, "causal_trace", one, progress=progress, **described(corruption), **settings, **asked
+        )
+        return _count_undefined(found)
     _check(model, clean)
     if direction not in ("denoising", "noising"):
         raise ValueError(f"direction must be 'denoising' or 'noising', not {direction!r}")
+    if not isinstance(corruption, Corruption):
+        raise ValueError(f"inputs are corrupted by a Corruption, not by {corruption!r}: give samples")
     clean = clean.to(model.device)
     corrupted = corruption(model, clean)
     towers = towers or model.text_towers
@@ -90,25 +144,20 @@ def causal_trace(
     corrupted_logits, corrupted_cache = _run(model, corrupted, cells)
     answer = at(clean_logits, -1).argmax(-1) if answer is None else answer.to(model.device)
     foil = _likeliest_other(corrupted_logits, answer, corrupted.draws) if foil is None else foil.to(model.device)
-    metric = Together(
-        (
-            Probability(_repeat(answer, corrupted.draws)),
-            LogitDifference(_repeat(answer, corrupted.draws), _repeat(foil, corrupted.draws)),
-        )
-    )
+    metric = metrics_of(metrics, answer, foil, clean_logits, corrupted.draws)
     clean_repeated = Corrupted(clean.repeat(corrupted.draws), draws=corrupted.draws)
     if direction == "denoising":
         run, source = corrupted, _repeat_cache(clean_cache, corrupted.draws)
     else:
         run, source = clean_repeated, corrupted_cache
+    frozen = _severed(model, run, cells, severed)
     patches = [
         [
-            Replace(
-                site_name(model, cell.tower, cell.site, layer),
-                source,
-                positions=cell.positions,
-            )
-            for layer in window(cell.layer, width, n_layers(model, cell.tower), convention)
+            *(
+                Replace(site_name(model, cell.tower, cell.site, layer), source, positions=cell.positions)
+                for layer in window(cell.layer, width, n_layers(model, cell.tower), convention)
+            ),
+            *(frozen(cell, window(cell.layer, width, n_layers(model, cell.tower), convention)[-1])),
         ]
         for cell in cells
     ]
@@ -118,7 +167,7 @@ def causal_trace(
         clean,
         cells,
         _mean_draws(patched, run.draws),
-        metrics=METRICS,
+        metrics=metrics,
         clean_scores=_mean_draws(metric(_repeat(clean_logits, corrupted.draws)), corrupted.draws),
         corrupted_scores=_mean_draws(metric(corrupted_logits), corrupted.draws),
         start="corrupted" if direction == "denoising" else "clean",
@@ -129,17 +178,32 @@ def causal_trace(
     result["answer"] = ("sample", model.token_strings(answer))
     result["foil"] = ("sample", model.token_strings(foil))
     return result.assign_attrs(
-        provenance(
-            model,
-            "causal_trace",
-            **describe(corruption),
-            direction=direction,
-            window=width,
-            window_convention=convention,
-            samples_used=len(clean),
-            n_undefined=int((result.normalized.isnull() & result.patched.notnull()).sum()),
-        )
-    )
+        provenance(model, "causal_trace", **described(corruption), **settings, samples_used=len(clean))
+    ).pipe(_count_undefined)
+
+
+def _count_undefined(result: xr.Dataset) -> xr.Dataset:
+    undefined = result.normalized.isnull() & result.patched.notnull()
+    return result.assign_attrs(n_undefined=int(undefined.sum()))
+
+
+def _severed(
+    model: HookedVLM, run: Corrupted, cells: Sequence[Cell], kind: SiteKind | None
+) -> Callable[[Cell, int], list[Replace]]:
+    """What holds sub-layers of a kind as they are in a run, at a cell's positions and after a layer."""
+    if kind is None:
+        return lambda cell, layer: []
+    if kind == "resid":
+        raise ValueError("severed is a kind of sub-layer, 'attn', 'cross_attn' or 'mlp', not 'resid'")
+    towers = dict.fromkeys(cell.tower for cell in cells)
+    names = {
+        tower: [site_name(model, tower, kind, layer) for layer in range(n_layers(model, tower))] for tower in towers
+    }
+    with model.hooks(edit_hooks(model, run.inputs, run.edits)):
+        _, cache = model.run_with_cache(run.inputs, names_filter=[name for own in names.values() for name in own])
+    return lambda cell, layer: [
+        Replace(name, cache, positions=cell.positions) for name in names[cell.tower][layer + 1 :]
+    ]
 
 
 def _check(model: HookedVLM, clean: VLMInputs) -> None:

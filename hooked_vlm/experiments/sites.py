@@ -42,6 +42,9 @@ def window(center: int, width: int, n_layers: int, convention: WindowConvention 
 
     ``"centered"``: ``width`` layers, ``center - width // 2`` onwards (ROME; Palit et al. 2023; Zhang et al. 2024).
     ``"radius"``: ``width`` layers on either side (Basu et al. 2024), where a width of 1 is the layer alone.
+
+    Raises:
+        ValueError: a window without layers, or wider than the tower; an unknown convention.
     """
     if width < 1:
         raise ValueError(f"a window needs at least one layer, got {width}")
@@ -51,6 +54,11 @@ def window(center: int, width: int, n_layers: int, convention: WindowConvention 
         first, last = (center - width, center + width) if width > 1 else (center, center)
     else:
         raise ValueError(f"convention must be 'centered' or 'radius', not {convention!r}")
+    if last - first >= n_layers:
+        raise ValueError(
+            f"a window of {last - first + 1} layers (width {width}, {convention}) is wider than the tower, which has "
+            f"{n_layers}"
+        )
     return range(max(0, first), min(n_layers - 1, last) + 1)
 
 
