@@ -68,24 +68,24 @@ def labelled(sample: Sample, result: xr.Dataset) -> xr.Dataset:
     return result.assign_coords(sample=[sample.id], **coords)
 
 
-def combine(results: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Results of single samples along ``sample``; what a sample does not have is NaN, -1, False or empty."""
+def combine(results: Sequence[xr.Dataset], along: str = "sample") -> xr.Dataset:
+    """Results along one dimension; cells that one of them does not have are NaN, -1, False or empty."""
     import xarray as xr
 
     indexes: dict[str, np.ndarray] = {}
     for result in results:
         for dim, index in result.indexes.items():
-            if dim != "sample":
+            if dim != along:
                 indexes[str(dim)] = _union(indexes.get(str(dim)), index.to_numpy())
     filled = []
     for result in results:
         missing = {name: _MISSING[result[name].dtype.kind] for name in (*result.data_vars, *result.coords)}
         own = {dim: index for dim, index in indexes.items() if dim in result.dims}
         filled.append(result.reindex(own, fill_value=missing))
-    combined = xr.concat(filled, "sample", data_vars="minimal", coords="minimal", compat="override", join="exact")
+    combined = xr.concat(filled, along, data_vars="minimal", coords="minimal", compat="override", join="exact")
     if "noise_floor" in combined:
         floors = [result.noise_floor for result in results]
-        combined["noise_floor"] = xr.concat(floors, "sample", coords="minimal", compat="override").max("sample")
+        combined["noise_floor"] = xr.concat(floors, along, coords="minimal", compat="override").max(along)
     return combined
 
 
