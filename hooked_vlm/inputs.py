@@ -265,14 +265,14 @@ class VLMInputs:
         except SpanError as error:
             parts = re.split(r"\s([+-])\s", span)
             if len(parts) > 1:
-                return self._combined(parts)
+                return self._combined(parts, occurrence)
             raise SpanError(f"{error}; named spans: {', '.join(self.spans) or 'none'}") from None
 
-    def _combined(self, parts: Sequence[str]) -> Span:
-        first = self.positions(parts[0])
+    def _combined(self, parts: Sequence[str], occurrence: int | None) -> Span:
+        first = self.positions(parts[0], occurrence)
         rows = [set(row) for row in first.rows]
         for sign, name in zip(parts[1::2], parts[2::2], strict=True):
-            other = self.positions(name)
+            other = self.positions(name, occurrence)
             if other.tower != first.tower:
                 raise SpanError(f"{parts[0]!r} is in {first.tower}, {name!r} in {other.tower}: they cannot be combined")
             for row, positions in zip(rows, other.rows, strict=True):

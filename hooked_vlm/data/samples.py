@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 from hooked_vlm.patches import Region
@@ -66,7 +65,7 @@ class Sample:
                     "a span outside the question",
                 )
         for name in ("spans", "regions", "meta"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            object.__setattr__(self, name, dict(getattr(self, name)))  # its own, whatever becomes of the given one
 
     def __repr__(self) -> str:
         return f"Sample({self.id!r}, {self.question!r}, answer={self.answer!r})"

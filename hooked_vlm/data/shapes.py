@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -199,11 +200,11 @@ class ShapesSample:
             regions["object"] = masks[list(self.about)].any(0)
         return Sample(
             f"shapes-{self.seed}-{self.index}",
-            lambda: self.image,
+            partial(getattr, self.scene, "image"),
             self.question,
             self.answer,
             self.sip.answer,
-            image_cf=lambda: self.sip.image,
+            image_cf=partial(getattr, self.sip.scene, "image"),
             question_cf=self.str_.question,
             spans={"subject": (start, end)},
             regions=regions,

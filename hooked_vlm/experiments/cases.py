@@ -25,6 +25,9 @@ from hooked_vlm.processing import ImageError
 QUESTION = "{question}"
 """Where the question stands in a prompt, as of ``"{question} Answer in a few words."``."""
 
+BUILT_IN = ("image", "question", "last", "newline", "rest")
+"""Spans that inputs have by themselves, or that methods know."""
+
 Pair = Literal["sip", "str"]
 """The sample's own counterfactual picture, or question."""
 
@@ -94,8 +97,8 @@ def prepared(model: HookedVLM, sample: Sample, *, prompt: str = QUESTION) -> VLM
         SampleError: a picture that cannot be read; a prompt that does not fit; a region outside of the picture, or
             that no patch sees; a span without tokens of its own.
     """
-    if QUESTION not in prompt:
-        raise ValueError(f"a prompt says where the question stands, as {QUESTION!r}; this one is {prompt!r}")
+    if prompt.count(QUESTION) != 1:
+        raise ValueError(f"a prompt says once where the question stands, as {QUESTION!r}; this one is {prompt!r}")
     try:
         picture = None if sample.image is None else sample.picture()
         inputs = model.prepare(picture, prompt.replace(QUESTION, sample.question))
@@ -104,7 +107,7 @@ def prepared(model: HookedVLM, sample: Sample, *, prompt: str = QUESTION) -> VLM
     except ValueError as error:
         raise SampleError(f"{sample.id}: {error}", "inputs that the model cannot take") from error
     assert inputs.texts is not None
-    spans = {**inputs.spans, **_text_spans(inputs, sample), **_region_spans(inputs, sample)}
+    spans = {**inputs.spans, **_text_spans(inputs, sample, prompt), **_region_spans(inputs, sample)}
     return replace(inputs, spans=spans)
 
 
@@ -155,16 +158,22 @@ def corrupted_run(model: HookedVLM, sample: Sample, clean: VLMInputs, corruption
 
 
 def first_tokens(model: HookedVLM, text: str) -> dict[str, int]:
-    """The first token of an answer as it may be written: as given, capitalised, in small letters; with a space."""
+    """The first token of an answer as it may be written: as given, capitalised, in small letters; with a space.
+
+    Raises:
+        SampleError: the model knows none of these.
+    """
+    tokenizer = model.processor.tokenizer
     forms = {"given": text, "capitalised": text[:1].upper() + text[1:], "small": text.lower()}
     found = {}
     for name, form in forms.items():
         for space in ("", " "):
-            ids = model.processor.tokenizer(space + form, add_special_tokens=False).input_ids
-            if ids:
+            ids = tokenizer(space + form, add_special_tokens=False).input_ids
+            # Some tokenizers write a space as a token of its own, with which every answer would begin.
+            if ids and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids[:1]).strip():
                 found[f"{name}{space}"] = ids[0]
     if not found:
-        raise SampleError(f"the answer {text!r} has no tokens", "an answer without tokens")
+        raise SampleError(f"the model knows no word of the answer {text!r}", "an answer that the model does not know")
     return found
 
 
@@ -181,12 +190,12 @@ def _scored(
     if scored == "own" or sample.answer is None:
         answer = logits.argmax(-1)
     else:
-        forms = first_tokens(model, sample.answer)
+        forms = _first_tokens(model, sample, sample.answer)
         form = max(forms, key=lambda name: float(logits[0, forms[name]]))
         answer = torch.tensor([forms[form]], device=logits.device)
     if scored == "given" and sample.foil is not None:
-        forms = first_tokens(model, sample.foil)
-        foil = torch.tensor([forms.get(form, forms["given"])], device=logits.device)
+        forms = _first_tokens(model, sample, sample.foil)
+        foil = torch.tensor([forms.get(form, next(iter(forms.values())))], device=logits.device)
     else:
         foil = other.scatter(1, answer[:, None], -torch.inf).argmax(-1)
     if int(answer) == int(foil):
@@ -197,29 +206,49 @@ def _scored(
     return answer, foil
 
 
-def _text_spans(inputs: VLMInputs, sample: Sample) -> dict[str, Span]:
+def _first_tokens(model: HookedVLM, sample: Sample, text: str) -> dict[str, int]:
+    try:
+        return first_tokens(model, text)
+    except SampleError as error:
+        raise SampleError(f"{sample.id}: {error}", error.kind) from None
+
+
+def _text_spans(inputs: VLMInputs, sample: Sample, prompt: str) -> dict[str, Span]:
     piece = _piece(inputs)
-    start = _question_start(piece, sample)
+    start = _question_start(piece, sample, prompt)
     spans = {"question": piece.positions_of(start, start + len(sample.question))}
     for name, (first, end) in sample.spans.items():
-        if name in inputs.spans:
-            raise SampleError(f"{sample.id} calls a span {name!r}, which the inputs call something else")
+        if name in inputs.spans or name in BUILT_IN or name.startswith("image."):
+            raise SampleError(
+                f"{sample.id} calls a part of its question {name!r}, as the inputs call something else; rename it",
+                "a span of a name that is taken",
+            )
         spans[name] = piece.positions_of(start + first, start + end)
         if not spans[name]:
             raise SampleError(f"{sample.id}: the span {name!r} has no tokens of its own", "a span without tokens")
     return {name: Span(inputs.text_tower, (positions,)) for name, positions in spans.items()}
 
 
-def _question_start(piece: TextPiece, sample: Sample) -> int:
-    start = piece.text.find(sample.question, piece.question[0] if piece.question else 0)
+def _question_start(piece: TextPiece, sample: Sample, prompt: str) -> int:
+    first = piece.question[0] if piece.question else 0
+    # Not before its place in the prompt, whose other words may hold the question too.
+    start = piece.text.find(sample.question, first + len(prompt[: prompt.index(QUESTION)].strip()))
     if start < 0:
-        raise SampleError(f"{sample.id}: the question {sample.question!r} is not in its prompt {piece.text!r} as it is")
+        raise SampleError(
+            f"{sample.id}: the question {sample.question!r} is not in its prompt {piece.text!r} as it is",
+            "a question that its prompt changes",
+        )
     return start
 
 
 def _region_spans(inputs: VLMInputs, sample: Sample) -> dict[str, Span]:
     spans = {}
     for name, region in sample.regions.items():
+        if f"image.{name}" in inputs.spans:
+            raise SampleError(
+                f"{sample.id} calls a region {name!r}, and the inputs call something else image.{name}; rename it",
+                "a region of a name that is taken",
+            )
         try:
             span = inputs.positions_in(region)
         except (SpanError, ValueError) as error:

@@ -121,7 +121,7 @@ def causal_trace(
             case = ready(model, sample, corruption, prompt=prompt, scored=scored)
             assert case.corruption is not None
             found = causal_trace(model, case.clean, case.corruption, answer=case.answer, foil=case.foil, **options)
-            found["correct"] = ("sample", [case.is_correct])
+            found = found.assign(identity=found.identity.expand_dims("sample"), correct=("sample", [case.is_correct]))
             return with_roles(model, case.clean, found, roles)
 
         asked = {"prompt": prompt, "scored": scored}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ def over_samples(
     listed = samples if isinstance(samples, Samples) else Samples(samples)
     if not len(listed):
         raise ValueError(f"{method} was given no samples: {listed.report()}")
+    repeated = [name for name, count in Counter(sample.id for sample in listed).items() if count > 1]
+    if repeated:
+        raise ValueError(f"samples need ids of their own, by which they are reported; given twice: {repeated[:5]}")
     found, dropped = [], []
     for sample in track(listed.samples, method, shown=progress):
         try:
@@ -79,14 +83,32 @@ def combine(results: Sequence[xr.Dataset], along: str = "sample") -> xr.Dataset:
                 indexes[str(dim)] = _union(indexes.get(str(dim)), index.to_numpy())
     filled = []
     for result in results:
-        missing = {name: _MISSING[result[name].dtype.kind] for name in (*result.data_vars, *result.coords)}
+        missing = {name: _missing(result[name]) for name in (*result.data_vars, *result.coords)}
         own = {dim: index for dim, index in indexes.items() if dim in result.dims}
         filled.append(result.reindex(own, fill_value=missing))
-    combined = xr.concat(filled, along, data_vars="minimal", coords="minimal", compat="override", join="exact")
+    together = [_with_all(result, filled) for result in filled]
+    combined = xr.concat(
+        together, along, data_vars="minimal", coords="minimal", compat="override", join="exact", combine_attrs="drop"
+    )
     if "noise_floor" in combined:
         floors = [result.noise_floor for result in results]
         combined["noise_floor"] = xr.concat(floors, along, coords="minimal", compat="override").max(along)
     return combined
+
+
+def _with_all(result: xr.Dataset, others: Sequence[xr.Dataset]) -> xr.Dataset:
+    """A result with every variable that another one has: missing throughout, but for labels."""
+    for other in others:
+        for name, values in other.variables.items():
+            if name not in result.variables:
+                # Labels are the same for all.
+                own = values if name in values.dims else values.copy(data=np.full_like(values, _missing(values)))
+                result = result.assign_coords({name: own}) if name in other.coords else result.assign({name: own})
+    return result
+
+
+def _missing(values: xr.DataArray | xr.Variable) -> Any:
+    return _MISSING[values.dtype.kind]
 
 
 def _union(known: np.ndarray | None, new: np.ndarray) -> np.ndarray:

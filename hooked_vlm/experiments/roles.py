@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hooked_vlm.experiments.cases import BUILT_IN
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.models import HookedVLM
 
@@ -48,6 +49,8 @@ def token_roles(model: HookedVLM, inputs: VLMInputs, tower: str, how: Roles = "t
 def by_role(result: xr.Dataset) -> xr.Dataset:
     """A result over roles instead of positions: the mean over a sample's positions of a role; NaN where it has none.
 
+    What is true or false of a position (``identity``) is true of a role if it is of any.
+
     Raises:
         ValueError: a result without roles.
     """
@@ -66,13 +69,17 @@ def by_role(result: xr.Dataset) -> xr.Dataset:
     labels = [name for name, values in over_positions.coords.items() if "position" in values.dims]
     over_positions = over_positions.drop_vars(labels)
     is_role = xr.DataArray(role.values, dims=role.dims)
-    parts = [over_positions.where(is_role == name).mean("position", keep_attrs=True) for name in known]
+    flags = [name for name, values in over_positions.data_vars.items() if values.dtype == bool]
+    parts = []
+    for name in known:
+        part = over_positions.drop_vars(flags).where(is_role == name).mean("position", keep_attrs=True)
+        parts.append(part.assign((over_positions[flags] & (is_role == name)).any("position")))
     joined = xr.concat(parts, "role", coords="minimal", compat="override").assign_coords(role=known)
     return joined.merge(result.drop_dims("position"), compat="override").assign_attrs(result.attrs)
 
 
 def _is_built_in(name: str) -> bool:
-    return name in ("image", "question", "last", "newline") or name.startswith("image.")
+    return name in BUILT_IN or name.startswith("image.")
 
 
 def _to_subject(tokens: Sequence[str], subject: Sequence[int], image: set[int]) -> list[str]:
