@@ -262,7 +262,11 @@ def shapes(
     object_counts: Sequence[int] = OBJECT_COUNTS,
 ) -> Samples:
     """The same as the records that methods take; see :meth:`ShapesSample.as_sample`."""
-    return Samples(one.as_sample() for one in generate(n, seed, kinds, object_counts))
+    # Other kinds are another sequence, and ids are to be told apart.
+    drawn_from = ((kinds, KINDS), (object_counts, OBJECT_COUNTS))
+    ending = "".join(f"-{'+'.join(map(str, own))}" for own, every in drawn_from if tuple(own) != every)
+    samples = (one.as_sample() for one in generate(n, seed, kinds, object_counts))
+    return Samples(replace(one, id=one.id + ending) for one in samples)
 
 
 def _check(kinds: Sequence[str], object_counts: Sequence[int]) -> None:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.edits import Positions
+from hooked_vlm.experiments.scores import normalized_effect
 from hooked_vlm.experiments.sites import site_kinds, site_name
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.metrics import normalized
 from hooked_vlm.models import HookedVLM
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def as_grid(
         },
     )
     result["effect"] = result.patched - result[start]
-    result["normalized"] = xr.apply_ufunc(_normalized, result.patched, result.clean, result.corrupted)
+    result["normalized"] = normalized_effect(result)
     return result.transpose(*dims, ...)
 
 
@@ -196,7 +195,3 @@ def _places(clean: VLMInputs, towers: Sequence[str], positions: Sequence[int], t
     dims = ("sample", "tower", "position")
     sides = np.array(["left", "top", "right", "bottom"])
     return {"side": ("side", sides), "box": ((*dims, "side"), boxes), "picture": (dims, pictures)}
-
-
-def _normalized(patched: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
-    return normalized(*(torch.as_tensor(values) for values in (patched, clean, corrupted))).numpy()

@@ -73,7 +73,8 @@ def by_role(result: xr.Dataset) -> xr.Dataset:
     parts = []
     for name in known:
         part = over_positions.drop_vars(flags).where(is_role == name).mean("position", keep_attrs=True)
-        parts.append(part.assign((over_positions[flags] & (is_role == name)).any("position")))
+        of_any = {flag: (over_positions[flag] & (is_role == name)).any("position") for flag in flags}
+        parts.append(part.assign(of_any))
     joined = xr.concat(parts, "role", coords="minimal", compat="override").assign_coords(role=known)
     return joined.merge(result.drop_dims("position"), compat="override").assign_attrs(result.attrs)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_vlm.metrics import KLDivergence, LogitDifference, LogProbability, Metric, Probability, Together
+from hooked_vlm.metrics import KLDivergence, LogitDifference, LogProbability, Metric, Probability, Together, normalized
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class Target(NamedTuple):
@@ -47,3 +52,13 @@ def metrics_of(
         raise ValueError(f"metrics are a list of {', '.join(METRICS)}; not {unknown or names!r}")
     rows = [tensor.repeat_interleave(draws, dim=0) for tensor in (answer, foil, clean_logits[:, -1:])]
     return Together(tuple(METRICS[name](Target(*rows)) for name in names))
+
+
+def normalized_effect(result: xr.Dataset) -> xr.DataArray:
+    """``patched`` of a result, 0 as ``corrupted`` and 1 as ``clean``; NaN where these do not differ."""
+    import xarray as xr
+
+    def of(patched: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
+        return normalized(*(torch.as_tensor(values) for values in (patched, clean, corrupted))).numpy()
+
+    return xr.apply_ufunc(of, result.patched, result.clean, result.corrupted)
