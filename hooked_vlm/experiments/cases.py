@@ -230,9 +230,10 @@ def _text_spans(inputs: VLMInputs, sample: Sample, prompt: str) -> dict[str, Spa
 
 
 def _question_start(piece: TextPiece, sample: Sample, prompt: str) -> int:
-    first = piece.question[0] if piece.question else 0
-    # Not before its place in the prompt, whose other words may hold the question too.
-    start = piece.text.find(sample.question, first + len(prompt[: prompt.index(QUESTION)].strip()))
+    # Within what was asked, whose other words may hold the question too.
+    asked = piece.text.find(prompt.replace(QUESTION, sample.question).strip())
+    before = prompt[: prompt.index(QUESTION)].lstrip()
+    start = piece.text.find(sample.question) if asked < 0 else asked + len(before)
     if start < 0:
         raise SampleError(
             f"{sample.id}: the question {sample.question!r} is not in its prompt {piece.text!r} as it is",

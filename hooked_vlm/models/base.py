@@ -179,12 +179,12 @@ class HookedVLM(HookedModule):
 
     @abstractmethod
     def enter(
-        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ _ d"]]
     ) -> Float[Tensor, "_ p d_model"]:
         """What a tower's first block reads, given what the towers before it put out (``hook_out``)."""
 
     @abstractmethod
-    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "_ ..."]:
+    def leave(self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs) -> Float[Tensor, "_ ..."]:
         """What :meth:`forward` returns, given what the towers put out."""
 
     def positions_read(self, tower: str, inputs: VLMInputs) -> list[int] | None:

@@ -88,7 +88,7 @@ class HookedBlip(HookedVLM):
         return self.vision_encoder(_pixels(inputs), interpolate_pos_encoding=inputs.interpolate_pos_encoding)
 
     def enter(
-        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ _ d"]]
     ) -> Float[Tensor, "b p d_model"]:
         if tower == "vision_encoder":
             return self.vision_encoder.embed_patches(
@@ -165,7 +165,7 @@ class HookedBlipVQA(HookedBlip):
         return self.leave({"answer_decoder": states}, inputs)
 
     def leave(
-        self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs
+        self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs
     ) -> Float[Tensor, "b p_answer d_vocab"]:
         return self.answer_decoder.logits(states["answer_decoder"])
 
@@ -293,7 +293,7 @@ class HookedBlipCaption(HookedBlip):
         ids, mask = self._tower_ids(inputs, "text_decoder")
         return self.leave({"text_decoder": self.text_decoder(ids, mask, other=image)}, inputs)
 
-    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b p d_vocab"]:
+    def leave(self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs) -> Float[Tensor, "b p d_vocab"]:
         return self.text_decoder.logits(states["text_decoder"])
 
     def prepare(self, images: Any = None, texts: str | Sequence[str] | None = None, **options: Any) -> VLMInputs:
@@ -370,7 +370,7 @@ class HookedBlipRetrieval(HookedBlip):
         text_embeds = self.hook_text_embeds(F.normalize(self.text_proj(text[:, 0]), dim=-1))
         return image_embeds @ text_embeds.T
 
-    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b match"]:
+    def leave(self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs) -> Float[Tensor, "b match"]:
         """By the matching head."""
         return self.hook_itm_logits(self.itm_head(states["text_encoder"][:, 0]))
 

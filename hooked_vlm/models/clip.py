@@ -93,7 +93,7 @@ class HookedClip(HookedVLM):
         return self._compared(self.encode_image(inputs), self.encode_text(inputs))
 
     def enter(
-        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ _ d"]]
     ) -> Float[Tensor, "_ p d_model"]:
         if tower == "text_encoder":
             return self.text_encoder.embed_tokens(_ids(inputs))
@@ -101,7 +101,7 @@ class HookedClip(HookedVLM):
             _pixels(inputs), interpolate_pos_encoding=inputs.interpolate_pos_encoding
         )
 
-    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b_image b_text"]:
+    def leave(self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs) -> Float[Tensor, "b_image b_text"]:
         image, text = (
             self._embed_image(states["vision_encoder"]),
             self._embed_text(states["text_encoder"], _ids(inputs)),

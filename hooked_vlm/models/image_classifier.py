@@ -47,13 +47,13 @@ class HookedViT(HookedVLM):
         return self.leave({"vision_encoder": states}, inputs)
 
     def enter(
-        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ _ d"]]
     ) -> Float[Tensor, "b p d_model"]:
         pixels, interpolate = _pixels(inputs), inputs.interpolate_pos_encoding
         return self.vision_encoder.embed_patches(pixels, interpolate_pos_encoding=interpolate)
 
     def leave(
-        self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs
+        self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs
     ) -> Float[Tensor, "b n_classes"] | Float[Tensor, "b d_pooled"] | Float[Tensor, "b p d_model"]:
         image = states["vision_encoder"]
         if self.config.n_classes:

@@ -113,11 +113,11 @@ class HookedLlava(HookedVLM):
         states = self.language_model(self.embed(inputs), inputs.attention_mask)
         return self.leave({"language_model": states}, inputs)
 
-    def leave(self, states: Mapping[str, Float[Tensor, "_ p d"]], inputs: VLMInputs) -> Float[Tensor, "b p d_vocab"]:
+    def leave(self, states: Mapping[str, Float[Tensor, "_ _ d"]], inputs: VLMInputs) -> Float[Tensor, "b p d_vocab"]:
         return self.language_model.logits(states["language_model"])
 
     def enter(
-        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ p d"]]
+        self, tower: str, inputs: VLMInputs, states: Mapping[str, Float[Tensor, "_ _ d"]]
     ) -> Float[Tensor, "_ p d_model"]:
         if tower == "vision_encoder":
             return self.vision_encoder.embed_patches(self._tiles(inputs))
