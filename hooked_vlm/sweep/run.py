@@ -32,6 +32,8 @@ class Effects(Tensor):
     """How far a run without edits strayed from the base run, at most in any batch and row: rounding, in units of the
     metric. Effects below it say nothing; in bfloat16 and float16 edited runs may stray further. One number, or one for
     each number of a row's metric; 0 where every set ran alone."""
+    base: Float[Tensor, "b ..."]
+    """The metric of the base run, which the sets are changes of; NaN of generated answers."""
     alone: str
     """Why every set had a full forward of its own; empty if the sets shared work."""
 
@@ -39,14 +41,21 @@ class Effects(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, values: Float[Tensor, "n_sets b ..."], floors: Sequence[Tensor] = (), alone: str = "") -> Effects:
+    def of(
+        cls,
+        values: Float[Tensor, "n_sets b ..."],
+        base: Float[Tensor, "b ..."],
+        floors: Sequence[Tensor] = (),
+        alone: str = "",
+    ) -> Effects:
         effects = values.as_subclass(cls)
+        effects.base = base
         effects.noise_floor = torch.stack([*floors]).amax(0) if floors else torch.zeros_like(values[0, 0])
         effects.alone = alone
         return effects
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Effects:
-        return Effects.of(self.as_subclass(Tensor).clone(), [self.noise_floor.clone()], self.alone)
+        return Effects.of(self.as_subclass(Tensor).clone(), self.base.clone(), [self.noise_floor.clone()], self.alone)
 
 
 torch.serialization.add_safe_globals([Effects])  # torch.save and torch.load take it for the tensor that it is
@@ -108,7 +117,7 @@ def sweep(
                 floors.append(floor)
                 next(done)
         next(done, None)
-    return Effects.of(torch.stack([effects[index] for index in range(len(sets))]), floors)
+    return Effects.of(torch.stack([effects[index] for index in range(len(sets))]), scorer.base_effect, floors)
 
 
 def why_alone(
@@ -157,7 +166,9 @@ def _alone(
     with closing(track(edit_sets, "patching", shown=progress)) as runs:
         effects = [run([*base, *edits]) for edits in runs]
     _check_shape(effects[0], len(inputs))
-    return Effects.of(torch.stack(effects), alone=reason)
+    # Another generation would be dear, and the score may note what it is given.
+    of_base = torch.full_like(effects[0], torch.nan) if isinstance(metric, Generated) else run(base)
+    return Effects.of(torch.stack(effects), of_base, alone=reason)
 
 
 class Scorer:

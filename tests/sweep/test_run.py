@@ -49,6 +49,17 @@ def test_base_edits_are_in_every_run_and_come_first() -> None:
     assert (effects[0] - other_order).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_the_base_runs_metric_comes_with_the_effects(is_hooked: bool) -> None:
+    model, inputs, metric = tiny(), batch(), Probability(ANSWER)
+    base = [Scale("vision_encoder.hook_out", 0.5)]
+    with model.hooks([("vision_encoder.hook_out", lambda activation, hook: None)] if is_hooked else []):
+        effects = sweep(model, inputs, edit_sets(), metric, base=base)
+    assert bool(effects.alone) == is_hooked
+    with torch.no_grad():
+        torch.testing.assert_close(effects.base, metric(model.patch(inputs, base)), rtol=0, atol=1e-6)
+
+
 def test_metrics_may_have_more_axes() -> None:
     model, inputs = tiny(), batch()
     both = sweep(model, inputs, edit_sets(), Together((Probability(ANSWER), LogitDifference(ANSWER, FOIL))))
