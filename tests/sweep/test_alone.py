@@ -66,8 +66,9 @@ def test_a_hook_that_only_looks_too() -> None:
     with tiny().hooks([(SITE, lambda activation, hook: seen.append(activation.shape))]):
         effects = swept([[Zero(SITE)], []])
     assert effects.alone
-    assert seen == [(3, 5, 36)] * 2
+    assert seen == [(3, 5, 36)] * 3, "both sets, and the base run, whose metric comes with them"
     assert torch.equal(torch.Tensor(effects), patched([[Zero(SITE)], []]))
+    assert torch.equal(effects.base, effects[1])
 
 
 # Edits of one's own ---------------------------------------------------------------------------------------------------
