@@ -6,7 +6,7 @@ A sample's spans stand among the inputs' under their own names, its regions as `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption, CounterfactualImage, CounterfactualQuestion, describe
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import edit_hooks
@@ -24,6 +25,9 @@ from hooked_vlm.processing import ImageError
 
 QUESTION = "{question}"
 """Where the question stands in a prompt, as of ``"{question} Answer in a few words."``."""
+
+SAME_BEGINNING = "answer and foil begin with the same token"
+"""What samples are counted under whose answers one token cannot tell apart."""
 
 BUILT_IN = ("image", "question", "last", "newline", "rest")
 """Spans that inputs have by themselves, or that methods know."""
@@ -52,6 +56,8 @@ class Case:
     """First token of the answer that it is held against."""
     clean_logits: Float[Tensor, "1 d_vocab"]
     """Where the answer begins."""
+    clean_cache: ActivationCache
+    """What was to be kept of the clean run."""
 
     @property
     def is_correct(self) -> bool:
@@ -67,10 +73,12 @@ def ready(
     *,
     prompt: str = QUESTION,
     scored: Scored = "given",
+    keep: Sequence[str] = (),
 ) -> Case:
     """A sample's clean and corrupted run, and what is scored.
 
     Args:
+        keep: hook points of the clean run that its cache is to hold.
         prompt: what is asked, around the question.
         scored: ``"given"``: the sample's answer against its foil; ``"own"``: what the clean run finds likeliest. A foil
             that is not given is the likeliest other token of the corrupted run (without one: of the clean).
@@ -79,15 +87,24 @@ def ready(
         SampleError: a sample that lacks what is needed, whose parts do not fit, or whose answer and foil begin alike.
     """
     inputs = prepared(model, sample, prompt=prompt).to(model.device)
-    logits = at(model(inputs), -1)
-    other, corrupted, how = logits, None, None
+    all_logits, cache = model.run_with_cache(inputs, names_filter=list(keep))
+    logits, corrupted, how = at(all_logits, -1), None, None
     if corruption is not None:
         how = corruption_of(sample, corruption, prompt)
         corrupted = corrupted_run(model, sample, inputs, how)
-        with model.hooks(edit_hooks(model, corrupted.inputs, corrupted.edits)):
-            other = at(model(corrupted.inputs), -1).softmax(-1).mean(0, keepdim=True)
-    answer, foil = _scored(model, sample, scored, logits, other)
-    return Case(sample, inputs, how, corrupted, answer, foil, logits)
+    answer, form = _answer(model, sample, scored, logits)
+    if scored == "given" and sample.foil is not None:
+        forms = _first_tokens(model, sample, sample.foil)
+        foil = torch.tensor([forms.get(form, next(iter(forms.values())))], device=logits.device)
+    else:
+        other = logits if corrupted is None else _mean_probabilities(model, corrupted)
+        foil = other.scatter(1, answer[:, None], -torch.inf).argmax(-1)
+    if int(answer) == int(foil):
+        raise SampleError(
+            f"{sample.id}: the answer {sample.answer!r} and the foil {sample.foil!r} begin with the same token",
+            SAME_BEGINNING,
+        )
+    return Case(sample, inputs, how, corrupted, answer, foil, logits, cache)
 
 
 def prepared(model: HookedVLM, sample: Sample, *, prompt: str = QUESTION) -> VLMInputs:
@@ -103,7 +120,8 @@ def prepared(model: HookedVLM, sample: Sample, *, prompt: str = QUESTION) -> VLM
         picture = None if sample.image is None else sample.picture()
         inputs = model.prepare(picture, prompt.replace(QUESTION, sample.question))
     except ImageError as error:
-        raise SampleError(str(error), "a picture that cannot be read") from error
+        what = "no picture" if sample.image is None else "a picture that cannot be read"
+        raise SampleError(f"{sample.id}: {error}", what) from error
     except ValueError as error:
         raise SampleError(f"{sample.id}: {error}", "inputs that the model cannot take") from error
     assert inputs.texts is not None
@@ -163,7 +181,7 @@ def first_tokens(model: HookedVLM, text: str) -> dict[str, int]:
     Raises:
         SampleError: the model knows none of these.
     """
-    tokenizer = model.processor.tokenizer
+    tokenizer, text = model.processor.tokenizer, text.strip()
     forms = {"given": text, "capitalised": text[:1].upper() + text[1:], "small": text.lower()}
     found = {}
     for name, form in forms.items():
@@ -177,33 +195,22 @@ def first_tokens(model: HookedVLM, text: str) -> dict[str, int]:
     return found
 
 
-def _scored(
-    model: HookedVLM,
-    sample: Sample,
-    scored: Scored,
-    logits: Float[Tensor, "1 d_vocab"],
-    other: Float[Tensor, "1 d_vocab"],
-) -> tuple[Int[Tensor, "1"], Int[Tensor, "1"]]:
+def _answer(
+    model: HookedVLM, sample: Sample, scored: Scored, logits: Float[Tensor, "1 d_vocab"]
+) -> tuple[Int[Tensor, "1"], str]:
+    """The answer's first token, and the form in which it is written."""
     if scored not in ("given", "own"):
         raise ValueError(f"scored is 'given' or 'own', not {scored!r}")
-    form = "given"
     if scored == "own" or sample.answer is None:
-        answer = logits.argmax(-1)
-    else:
-        forms = _first_tokens(model, sample, sample.answer)
-        form = max(forms, key=lambda name: float(logits[0, forms[name]]))
-        answer = torch.tensor([forms[form]], device=logits.device)
-    if scored == "given" and sample.foil is not None:
-        forms = _first_tokens(model, sample, sample.foil)
-        foil = torch.tensor([forms.get(form, next(iter(forms.values())))], device=logits.device)
-    else:
-        foil = other.scatter(1, answer[:, None], -torch.inf).argmax(-1)
-    if int(answer) == int(foil):
-        raise SampleError(
-            f"{sample.id}: the answer {sample.answer!r} and the foil {sample.foil!r} begin with the same token",
-            "answer and foil begin with the same token",
-        )
-    return answer, foil
+        return logits.argmax(-1), ""
+    forms = _first_tokens(model, sample, sample.answer)
+    form = max(forms, key=lambda name: float(logits[0, forms[name]]))
+    return torch.tensor([forms[form]], device=logits.device), form
+
+
+def _mean_probabilities(model: HookedVLM, run: Corrupted) -> Float[Tensor, "1 d_vocab"]:
+    with model.hooks(edit_hooks(model, run.inputs, run.edits)):
+        return at(model(run.inputs), -1).softmax(-1).mean(0, keepdim=True)
 
 
 def _first_tokens(model: HookedVLM, sample: Sample, text: str) -> dict[str, int]:
@@ -230,11 +237,13 @@ def _text_spans(inputs: VLMInputs, sample: Sample, prompt: str) -> dict[str, Spa
 
 
 def _question_start(piece: TextPiece, sample: Sample, prompt: str) -> int:
-    # Within what was asked, whose other words may hold the question too.
-    asked = piece.text.find(prompt.replace(QUESTION, sample.question).strip())
-    before = prompt[: prompt.index(QUESTION)].lstrip()
-    start = piece.text.find(sample.question) if asked < 0 else asked + len(before)
-    if start < 0:
+    # Within what was asked, whose other words may hold the question too; some models cut off the space around it.
+    asked, before = prompt.replace(QUESTION, sample.question), prompt.index(QUESTION)
+    cut = len(asked) - len(asked.lstrip())
+    places = ((asked, before), (asked.strip(), before - cut))
+    found = ((piece.text.find(text), offset) for text, offset in places)
+    start = next((at + offset for at, offset in found if at >= 0), piece.text.find(sample.question))
+    if start < 0 and piece.text.find(asked.strip()) < 0:
         raise SampleError(
             f"{sample.id}: the question {sample.question!r} is not in its prompt {piece.text!r} as it is",
             "a question that its prompt changes",

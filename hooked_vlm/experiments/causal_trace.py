@@ -6,7 +6,8 @@ to its corrupted value in a clean run (noising). What that does to the answer sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,13 +18,13 @@ from torch import Tensor
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption
 from hooked_vlm.data.samples import Sample
-from hooked_vlm.edits import Replace, edit_hooks
+from hooked_vlm.edits import Edit, Replace, edit_hooks
 from hooked_vlm.experiments.cases import QUESTION, CorruptionOf, Scored, described, ready
 from hooked_vlm.experiments.cells import ALL, GROUPS, Cell, Which, as_grid, list_cells, n_layers
 from hooked_vlm.experiments.over_samples import over_samples
 from hooked_vlm.experiments.roles import Roles, with_roles
 from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
-from hooked_vlm.experiments.sites import SiteKind, WindowConvention, site_name, window
+from hooked_vlm.experiments.sites import SiteKind, WindowConvention, site_kinds, site_name, window
 from hooked_vlm.hooks import match_names
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.metrics import at
@@ -97,113 +98,176 @@ def causal_trace(
         ValueError: a model that predicts no tokens; rows whose last positions differ; an unknown tower or site; no
             positions of the kind that ``which`` says; a vision encoder's rows that are not the batch's.
     """
-    settings = {
-        "direction": direction,
-        "window": width,
-        "window_convention": convention,
-        "severed": severed or "nothing",
-        "metrics": list(metrics),
-    }
-    if not isinstance(clean, VLMInputs):
-        options: dict[str, Any] = {
-            "towers": towers,
-            "sites": sites,
-            "width": width,
-            "convention": convention,
-            "direction": direction,
-            "which": which,
-            "all_positions": all_positions,
-            "severed": severed,
-            "metrics": metrics,
+    how = _How(
+        tuple(towers or model.text_towers), sites, width, convention, direction, which, all_positions, severed, metrics
+    )
+    if isinstance(clean, VLMInputs):
+        if not isinstance(corruption, Corruption):
+            raise ValueError(f"inputs are corrupted by a Corruption, not by {corruption!r}: give samples")
+        found = _trace_inputs(model, clean, corruption, how, answer, foil, progress)
+        return _count_undefined(
+            found.assign_attrs(
+                provenance(model, "causal_trace", **described(corruption), **how.settings, samples_used=len(clean))
+            )
+        )
+    if answer is not None or foil is not None:
+        raise ValueError("samples bring their own answers and foils; or say scored='own'")
+
+    def one(sample: Sample) -> xr.Dataset:
+        case = ready(model, sample, corruption, prompt=prompt, scored=scored, keep=how.names(model))
+        assert case.corrupted is not None
+        ends = _Ends(case.clean, case.corrupted, case.clean_logits[:, None], case.clean_cache, case.answer, case.foil)
+        found = _trace(model, ends, how)
+        found = found.assign(identity=found.identity.expand_dims("sample"), correct=("sample", [case.is_correct]))
+        return with_roles(model, case.clean, found, roles)
+
+    asked = {"prompt": prompt, "scored": scored}
+    return _count_undefined(
+        over_samples(
+            model, clean, "causal_trace", one, progress=progress, **described(corruption), **how.settings, **asked
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is patched, and what is measured."""
+
+    towers: tuple[str, ...]
+    sites: Sequence[str] | None
+    width: int
+    convention: WindowConvention
+    direction: Direction
+    which: Which
+    all_positions: bool
+    severed: SiteKind | None
+    metrics: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("denoising", "noising"):
+            raise ValueError(f"direction must be 'denoising' or 'noising', not {self.direction!r}")
+        if self.severed == "resid":
+            raise ValueError("severed is a kind of sub-layer, 'attn', 'cross_attn' or 'mlp', not 'resid'")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For a result's provenance."""
+        return {
+            "direction": self.direction,
+            "window": self.width,
+            "window_convention": self.convention,
+            "severed": self.severed or "nothing",
+            "metrics": list(self.metrics),
         }
 
-        def one(sample: Sample) -> xr.Dataset:
-            case = ready(model, sample, corruption, prompt=prompt, scored=scored)
-            assert case.corruption is not None
-            found = causal_trace(model, case.clean, case.corruption, answer=case.answer, foil=case.foil, **options)
-            found = found.assign(identity=found.identity.expand_dims("sample"), correct=("sample", [case.is_correct]))
-            return with_roles(model, case.clean, found, roles)
+    def names(self, model: HookedVLM) -> list[str]:
+        """The hook points that are patched."""
+        names = []
+        for tower in self.towers:
+            for site in self.sites or site_kinds(model, tower):
+                first = site_name(model, tower, site, 0)  # says what is wrong before anything runs
+                names += [first, *(site_name(model, tower, site, layer) for layer in range(1, n_layers(model, tower)))]
+        return names
 
-        asked = {"prompt": prompt, "scored": scored}
-        found = over_samples(
-            model, clean, "causal_trace", one, progress=progress, **described(corruption), **settings, **asked
-        )
-        return _count_undefined(found)
+    def window(self, model: HookedVLM, cell: Cell) -> range:
+        """The layers that are patched together."""
+        return window(cell.layer, self.width, n_layers(model, cell.tower), self.convention)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ends:
+    """The clean and the corrupted run, and what is scored."""
+
+    clean: VLMInputs
+    corrupted: Corrupted
+    clean_logits: Float[Tensor, "b p d_vocab"]
+    clean_cache: ActivationCache
+    answer: Int[Tensor, " b"]
+    foil: Int[Tensor, " b"]
+
+
+def _trace_inputs(
+    model: HookedVLM,
+    clean: VLMInputs,
+    corruption: Corruption,
+    how: _How,
+    answer: Int[Tensor, " b"] | None,
+    foil: Int[Tensor, " b"] | None,
+    progress: bool,
+) -> xr.Dataset:
     _check(model, clean)
-    if direction not in ("denoising", "noising"):
-        raise ValueError(f"direction must be 'denoising' or 'noising', not {direction!r}")
-    if not isinstance(corruption, Corruption):
-        raise ValueError(f"inputs are corrupted by a Corruption, not by {corruption!r}: give samples")
     clean = clean.to(model.device)
     corrupted = corruption(model, clean)
-    towers = towers or model.text_towers
-    cells = list_cells(model, clean, towers, sites, which=which, grouped=all_positions)
-    _check_pictures(clean, towers)
+    logits, cache = _run(model, Corrupted(clean), how.names(model))
+    answer = at(logits, -1).argmax(-1) if answer is None else answer.to(model.device)
+    if foil is None:
+        corrupted_logits, _ = _run(model, corrupted, [])
+        foil = _likeliest_other(corrupted_logits, answer, corrupted.draws)
+    return _trace(model, _Ends(clean, corrupted, logits, cache, answer, foil.to(model.device)), how, progress)
 
-    clean_logits, clean_cache = _run(model, Corrupted(clean), cells)
-    corrupted_logits, corrupted_cache = _run(model, corrupted, cells)
-    answer = at(clean_logits, -1).argmax(-1) if answer is None else answer.to(model.device)
-    foil = _likeliest_other(corrupted_logits, answer, corrupted.draws) if foil is None else foil.to(model.device)
-    metric = metrics_of(metrics, answer, foil, clean_logits, corrupted.draws)
-    clean_repeated = Corrupted(clean.repeat(corrupted.draws), draws=corrupted.draws)
-    if direction == "denoising":
-        run, source = corrupted, _repeat_cache(clean_cache, corrupted.draws)
+
+def _trace(model: HookedVLM, ends: _Ends, how: _How, progress: bool = False) -> xr.Dataset:
+    clean, corrupted, draws = ends.clean, ends.corrupted, ends.corrupted.draws
+    _check(model, clean)
+    _check_pictures(clean, how.towers)
+    cells = list_cells(model, clean, how.towers, how.sites, which=how.which, grouped=how.all_positions)
+    metric = metrics_of(how.metrics, ends.answer, ends.foil, ends.clean_logits, draws)
+    if how.direction == "denoising":
+        run, source = corrupted, _repeat_cache(ends.clean_cache, draws)
     else:
-        run, source = clean_repeated, corrupted_cache
-    frozen = _severed(model, run, cells, severed)
-    patches = [
-        [
-            *(
-                Replace(site_name(model, cell.tower, cell.site, layer), source, positions=cell.positions)
-                for layer in window(cell.layer, width, n_layers(model, cell.tower), convention)
-            ),
-            *(frozen(cell, window(cell.layer, width, n_layers(model, cell.tower), convention)[-1])),
-        ]
-        for cell in cells
-    ]
+        run, source = Corrupted(clean.repeat(draws), draws=draws), _run(model, corrupted, how.names(model))[1]
+    patches = _patches(model, cells, how, source, _severed(model, run, how))
     patched = sweep(model, run.inputs, patches, metric, base=run.edits, progress=progress)
+    clean_scores = metric(_repeat(ends.clean_logits, draws))
+    # Of the corrupted run, the sweep has measured it where that is what it changes.
+    corrupted_scores = patched.base if run is corrupted else metric(_run(model, corrupted, [])[0])
     result = as_grid(
         model,
         clean,
         cells,
-        _mean_draws(patched, run.draws),
-        metrics=metrics,
-        clean_scores=_mean_draws(metric(_repeat(clean_logits, corrupted.draws)), corrupted.draws),
-        corrupted_scores=_mean_draws(metric(corrupted_logits), corrupted.draws),
-        start="corrupted" if direction == "denoising" else "clean",
-        which=which,
+        _mean_draws(patched, draws),
+        metrics=how.metrics,
+        clean_scores=_mean_draws(clean_scores, draws),
+        corrupted_scores=_mean_draws(corrupted_scores, draws),
+        start="corrupted" if run is corrupted else "clean",
+        which=how.which,
     )
-    result["identity"] = _identities(model, result, width, convention, clean, corrupted)
+    result["identity"] = _identities(model, result, how.width, how.convention, clean, corrupted)
     result["noise_floor"] = ("metric", patched.noise_floor.double().cpu().numpy())
-    result["answer"] = ("sample", model.token_strings(answer))
-    result["foil"] = ("sample", model.token_strings(foil))
-    return result.assign_attrs(
-        provenance(model, "causal_trace", **described(corruption), **settings, samples_used=len(clean))
-    ).pipe(_count_undefined)
+    result["answer"] = ("sample", model.token_strings(ends.answer))
+    result["foil"] = ("sample", model.token_strings(ends.foil))
+    return result
+
+
+def _patches(
+    model: HookedVLM, cells: Sequence[Cell], how: _How, source: ActivationCache, held: ActivationCache
+) -> list[list[Edit]]:
+    """Each cell's: what is put in, and what is held behind it."""
+    sets: list[list[Edit]] = []
+    for cell in cells:
+        layers = how.window(model, cell)
+        put_in = [site_name(model, cell.tower, cell.site, layer) for layer in layers]
+        behind = range(layers[-1] + 1, n_layers(model, cell.tower)) if how.severed else []
+        severed = [site_name(model, cell.tower, str(how.severed), layer) for layer in behind]
+        sets.append(
+            [
+                *(Replace(name, source, positions=cell.positions) for name in put_in),
+                *(Replace(name, held, positions=cell.positions) for name in severed),
+            ]
+        )
+    return sets
+
+
+def _severed(model: HookedVLM, run: Corrupted, how: _How) -> ActivationCache:
+    """What the sub-layers that are held write in a run."""
+    if how.severed is None:
+        return ActivationCache({}, model)
+    return _run(model, run, replace(how, sites=[how.severed]).names(model))[1]
 
 
 def _count_undefined(result: xr.Dataset) -> xr.Dataset:
     undefined = result.normalized.isnull() & result.patched.notnull()
     return result.assign_attrs(n_undefined=int(undefined.sum()))
-
-
-def _severed(
-    model: HookedVLM, run: Corrupted, cells: Sequence[Cell], kind: SiteKind | None
-) -> Callable[[Cell, int], list[Replace]]:
-    """What holds sub-layers of a kind as they are in a run, at a cell's positions and after a layer."""
-    if kind is None:
-        return lambda cell, layer: []
-    if kind == "resid":
-        raise ValueError("severed is a kind of sub-layer, 'attn', 'cross_attn' or 'mlp', not 'resid'")
-    towers = dict.fromkeys(cell.tower for cell in cells)
-    names = {
-        tower: [site_name(model, tower, kind, layer) for layer in range(n_layers(model, tower))] for tower in towers
-    }
-    with model.hooks(edit_hooks(model, run.inputs, run.edits)):
-        _, cache = model.run_with_cache(run.inputs, names_filter=[name for own in names.values() for name in own])
-    return lambda cell, layer: [
-        Replace(name, cache, positions=cell.positions) for name in names[cell.tower][layer + 1 :]
-    ]
 
 
 def _check(model: HookedVLM, clean: VLMInputs) -> None:
@@ -221,10 +285,9 @@ def _check_pictures(clean: VLMInputs, towers: Sequence[str]) -> None:
         raise ValueError("the vision encoder's rows are pictures, or tiles: to trace it, give one picture a row")
 
 
-def _run(model: HookedVLM, run: Corrupted, cells: Sequence[Cell]) -> tuple[Tensor, ActivationCache]:
-    names = list(dict.fromkeys(site_name(model, cell.tower, cell.site, cell.layer) for cell in cells))
+def _run(model: HookedVLM, run: Corrupted, names: Sequence[str]) -> tuple[Tensor, ActivationCache]:
     with model.hooks(edit_hooks(model, run.inputs, run.edits)):
-        return model.run_with_cache(run.inputs, names_filter=names)
+        return model.run_with_cache(run.inputs, names_filter=list(names))
 
 
 def _likeliest_other(

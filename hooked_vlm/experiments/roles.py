@@ -109,7 +109,8 @@ def _in_template(tokens: Sequence[str], names: Mapping[str, Sequence[int]], imag
             roles.append(spans[0])
         else:
             seen[token] += bool(token)
-            roles.append(f"{token} ({seen[token]})" if seen[token] > 1 else token)
+            own = f"{token} (word)" if token in names else token
+            roles.append(f"{own} ({seen[token]})" if seen[token] > 1 else own)
     return roles
 
 
