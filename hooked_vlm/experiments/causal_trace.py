@@ -232,7 +232,7 @@ def _trace(model: HookedVLM, ends: _Ends, how: _How, progress: bool = False) -> 
         start="corrupted" if run is corrupted else "clean",
         which=how.which,
     )
-    result["identity"] = _identities(model, result, how.width, how.convention, clean, corrupted)
+    result["identity"] = _identities(model, result, how, clean, corrupted)
     result["noise_floor"] = ("metric", patched.noise_floor.double().cpu().numpy())
     result["answer"] = ("sample", model.token_strings(ends.answer))
     result["foil"] = ("sample", model.token_strings(ends.foil))
@@ -324,12 +324,7 @@ def _same_text(clean: VLMInputs, corrupted: Corrupted) -> bool:
 
 
 def _identities(
-    model: HookedVLM,
-    result: xr.Dataset,
-    width: int,
-    convention: WindowConvention,
-    clean: VLMInputs,
-    corrupted: Corrupted,
+    model: HookedVLM, result: xr.Dataset, how: _How, clean: VLMInputs, corrupted: Corrupted
 ) -> xr.DataArray:
     """Cells that give the source run whatever the model.
 
@@ -351,10 +346,13 @@ def _identities(
 
     for tower in map(str, result.tower.values):
         config: Any = model.get_submodule(tower).config
-        windows = {layer: window(layer, width, config.n_layers, convention) for layer in range(config.n_layers)}
+        end = config.n_layers - 1
+        windows = {layer: window(layer, how.width, config.n_layers, how.convention) for layer in range(config.n_layers)}
         sites = {layer: site_name(model, tower, "resid", own[-1]) for layer, own in windows.items()}
         late = [layer for layer in windows if model.hook_names.index(sites[layer]) >= last_edited]
-        last = [layer for layer in late if config.n_layers - 1 in windows[layer]]
+        # Sub-layers that are held behind the patch do not read it.
+        late = [layer for layer in late if how.severed is None or end in windows[layer]]
+        last = [layer for layer in late if end in windows[layer]]
         tokens = result.token.sel(tower=tower).isel(sample=0)
         if GROUPS[ALL] in tokens.values:
             whole = last
