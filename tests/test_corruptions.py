@@ -196,6 +196,16 @@ def test_questions_of_another_length_are_named_with_both_counts(model: HookedVLM
         assert part in str(caught.value)
 
 
+def test_padding_hides_no_question_of_another_length() -> None:
+    """LLaVA's rows are as long as the longest, whatever their own."""
+    toy = HookedVLM.from_pretrained("toy-llava")
+    inputs = toy.prepare([one.image for one in SAMPLES], QUESTIONS)
+    shorter = QUESTIONS[0].replace("the ", "")
+    with pytest.raises(ValueError, match="positions would not align") as caught:
+        CounterfactualQuestion((shorter, QUESTIONS[1]))(toy, inputs)
+    assert shorter in str(caught.value)
+
+
 def test_counterfactuals_of_another_number_of_rows(model: HookedVLM, clean: VLMInputs) -> None:
     with pytest.raises(ValueError, match="1 counterfactual questions for 2 rows"):
         CounterfactualQuestion(QUESTIONS[0])(model, clean)
