@@ -368,11 +368,11 @@ class PatchGrid:
         Raises:
             ValueError: a box that is empty or reaches out of the picture; a mask that is empty or of another shape.
         """
-        xs, ys, inside = _cells(region, self.size)
+        xs, ys, inside = region_cells(region, self.size)
         boxes = self.boxes[self._sees]
         columns, column = np.unique(boxes[:, [0, 2]], axis=0, return_inverse=True)
         rows, row = np.unique(boxes[:, [1, 3]], axis=0, return_inverse=True)
-        covered = _shared(rows, ys) @ inside @ _shared(columns, xs).T
+        covered = shared_lengths(rows, ys) @ inside @ shared_lengths(columns, xs).T
         own = (rows[:, 1] - rows[:, 0])[:, None] * (columns[:, 1] - columns[:, 0])
         shares = np.zeros(len(self.places))
         shares[self._sees] = np.minimum(covered / own, 1.0)[row.reshape(-1), column.reshape(-1)]
@@ -419,7 +419,7 @@ def is_region(value: Any) -> bool:
     return all(isinstance(side, int | float | np.number) for side in value)
 
 
-def _cells(region: Region, size: Size) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, "rows columns"]]:
+def region_cells(region: Region, size: Size) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, "rows columns"]]:
     """A region as a grid: the edges of its columns and of its rows, and which of its cells are inside."""
     height, width = size
     array = np.asarray(region)
@@ -440,6 +440,6 @@ def _cells(region: Region, size: Size) -> tuple[np.ndarray, np.ndarray, Float[np
     return np.array([left, right]), np.array([top, bottom]), np.ones((1, 1))
 
 
-def _shared(stretches: Float[np.ndarray, "n 2"], edges: np.ndarray) -> Float[np.ndarray, "n cells"]:
+def shared_lengths(stretches: Float[np.ndarray, "n 2"], edges: np.ndarray) -> Float[np.ndarray, "n cells"]:
     """How much each stretch has in common with each cell between two edges."""
     return np.clip(np.minimum(stretches[:, 1:], edges[1:]) - np.maximum(stretches[:, :1], edges[:-1]), 0, None)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
-from hooked_vlm.patches import Frame, PatchGrid, Region, _cells, _shared, is_region
+from hooked_vlm.patches import Frame, PatchGrid, Region, is_region, region_cells, shared_lengths
 
 Where: TypeAlias = Region | Sequence[Region | None] | Span | str
 """Parts of pictures: a region (one for all rows, or one a row, of which None is nothing), or positions of patches."""
@@ -139,7 +139,7 @@ def shown(view: Frame) -> tuple[slice, slice]:
 
 
 def _shows(view: Frame, region: Region, grid: PatchGrid, min_overlap: float) -> Bool[np.ndarray, "height width"]:
-    xs, ys, inside = _cells(region, grid.size)
+    xs, ys, inside = region_cells(region, grid.size)
     rows, columns = (np.array(axis.cells(1)) for axis in view)
-    covered = _shared(np.nan_to_num(rows), ys) @ inside @ _shared(np.nan_to_num(columns), xs).T
+    covered = shared_lengths(np.nan_to_num(rows), ys) @ inside @ shared_lengths(np.nan_to_num(columns), xs).T
     return covered > min_overlap * np.diff(rows) * np.diff(columns).T

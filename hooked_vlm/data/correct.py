@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from hooked_vlm.data.samples import Dropped, Sample, SampleError, Samples
+from hooked_vlm.data.samples import SAME_BEGINNING, Dropped, Sample, SampleError, Samples
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.processing import ImageError
 from hooked_vlm.progress import track
@@ -177,8 +177,8 @@ def _checked(
         first, other = (_first_token(model, before, _in_case(text, said)) for text in (answer, sample.foil))
         if first == other:
             raise SampleError(
-                f"{sample.id}: the answer {answer!r} and the foil {sample.foil!r} share their first token",
-                "answer and foil share their first token",
+                f"{sample.id}: the answer {answer!r} and the foil {sample.foil!r} begin with the same token",
+                SAME_BEGINNING,
             )
     return replace(sample, answer=answer, meta={**sample.meta, "generated": said})
 

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -74,7 +74,7 @@ def read_manifest(
     return collect(_rows(path), sample, on_bad_row=on_bad_row, limit=limit)
 
 
-def write_manifest(samples: Samples, path: str | Path, *, pictures: str | Path | None = None) -> None:
+def write_manifest(samples: Sequence[Sample], path: str | Path, *, pictures: str | Path | None = None) -> None:
     """Write samples as a manifest, whole or not at all; :func:`read_manifest` gives the same again.
 
     Paths of pictures below the manifest's folder are written relative to it, others in full, addresses as they are.

@@ -51,7 +51,11 @@ def load_picture(source: Any, *, what: str = "image") -> Image:
     """
     if is_address(source):
         return load_image(fetched(source, what=what), what=what)
-    return load_image(source() if callable(source) else source, what=what)
+    try:
+        found = source() if callable(source) else source
+    except OSError as error:
+        raise ImageError(f"{what} cannot be had: {type(error).__name__}: {error}") from error
+    return load_image(found, what=what)
 
 
 def check_pictures(samples: Samples) -> Samples:

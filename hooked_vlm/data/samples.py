@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+SAME_BEGINNING = "answer and foil begin with the same token"
+"""What samples are counted under whose answers one token cannot tell apart."""
+
+
 class SampleError(ValueError):
     """A sample that a method cannot use; says why. ``kind`` is what such samples are counted under."""
 

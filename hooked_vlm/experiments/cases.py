@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption, CounterfactualImage, CounterfactualQuestion, describe
-from hooked_vlm.data.samples import Sample, SampleError
+from hooked_vlm.data.samples import SAME_BEGINNING, Sample, SampleError
 from hooked_vlm.edits import edit_hooks
 from hooked_vlm.inputs import Span, SpanError, TextPiece, VLMInputs
 from hooked_vlm.metrics import at
@@ -25,9 +25,6 @@ from hooked_vlm.processing import ImageError
 
 QUESTION = "{question}"
 """Where the question stands in a prompt, as of ``"{question} Answer in a few words."``."""
-
-SAME_BEGINNING = "answer and foil begin with the same token"
-"""What samples are counted under whose answers one token cannot tell apart."""
 
 BUILT_IN = ("image", "question", "last", "newline", "rest")
 """Spans that inputs have by themselves, or that methods know."""

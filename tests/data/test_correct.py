@@ -61,13 +61,13 @@ def test_all_else_is_dropped_by_name(model: HookedVLM) -> None:
             "unreadable": "a picture that cannot be read",
             "text-alone": "no picture",
             "no-answer": "no answer",
-            "alike": "answer and foil share their first token",
+            "alike": "answer and foil begin with the same token",
             "too-long": "inputs that the model cannot take",
         }
     reasons = {dropped.id: dropped.reason for dropped in kept.dropped}
     assert reasons["wrong"] == f"wrong: the model says {one.answer!r}, and the answer is 'green'"
     assert "nowhere.png does not exist" in reasons["unreadable"]
-    assert f"alike: the answer {one.answer!r} and the foil {one.answer!r} share" in reasons["alike"]
+    assert f"alike: the answer {one.answer!r} and the foil {one.answer!r} begin with the same token" in reasons["alike"]
     assert "more than the model's" in reasons["too-long"]
     assert len(keep_correct(model, [samples[5]], check_foil=False)) == 1
 
@@ -78,7 +78,7 @@ def test_a_sample_without_an_answer_takes_the_models(model: HookedVLM) -> None:
     wrong = keep_correct(model, [replace(SAMPLES[0], answer="green")], adopt=True)
     assert wrong.report() == "1 dropped (a wrong answer: 1)", "an answer that is given is not replaced"
     (alike,) = keep_correct(model, [replace(samples[0], foil=SAMPLES[0].answer)], adopt=True).dropped
-    assert alike.kind == "answer and foil share their first token"
+    assert alike.kind == "answer and foil begin with the same token"
 
 
 def test_a_prompt_around_the_question() -> None:
@@ -201,7 +201,7 @@ def test_answer_and_foil_are_compared_after_the_prompt(kind: str, answer: str, f
     picture = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
     sample = Sample("one", picture, "what is it ?", answer=answer, foil=foil)
     kept = keep_correct(one, [sample], match=always, max_new_tokens=3)
-    assert [own.kind for own in kept.dropped] == (["answer and foil share their first token"] if is_alike else [])
+    assert [own.kind for own in kept.dropped] == (["answer and foil begin with the same token"] if is_alike else [])
 
 
 @pytest.mark.parametrize(("said", "is_alike"), [("red", False), ("Red", True)])

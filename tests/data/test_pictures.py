@@ -181,3 +181,8 @@ def test_checking_pictures_drops_those_that_cannot_be_read(png: Path, tmp_path: 
     assert checked.report() == "2 dropped (a picture that cannot be read: 2)"
     with pytest.raises(SampleError, match="no counterfactual picture"):
         samples[1].picture_cf()
+
+
+def test_a_function_that_finds_no_file_is_an_unreadable_picture(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="picture of a cannot be had: FileNotFoundError"):
+        load_picture(lambda: Image.open(tmp_path / "gone.png"), what="picture of a")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hooked_vlm.data.pairs.editors import ImageEditor
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.files import whole_file
-from hooked_vlm.patches import Region, _cells
+from hooked_vlm.patches import Region, region_cells
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +98,7 @@ def _mask(sample: Sample, name: str, picture: Image) -> Bool[np.ndarray, "height
     """The pixels that a region touches."""
     region: Region = sample.regions[name]
     try:
-        xs, ys, inside = _cells(region, (picture.height, picture.width))
+        xs, ys, inside = region_cells(region, (picture.height, picture.width))
     except ValueError as error:
         raise SampleError(f"{sample.id}: the region {name!r}: {error}", "a region that does not fit") from error
     if inside.shape == (picture.height, picture.width):
