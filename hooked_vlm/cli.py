@@ -7,6 +7,7 @@ import typer
 from hooked_vlm.commands.answer import answer
 from hooked_vlm.commands.common import fail_clearly
 from hooked_vlm.commands.hooks import hooks, models
+from hooked_vlm.commands.reproduce import reproduce
 from hooked_vlm.commands.trace import trace
 from hooked_vlm.commands.verify import verify
 
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (trace, answer, models, hooks, verify):
+for command in (trace, reproduce, answer, models, hooks, verify):
     app.command()(fail_clearly(command))
 
 

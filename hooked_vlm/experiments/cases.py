@@ -180,13 +180,21 @@ def first_tokens(model: HookedVLM, text: str) -> dict[str, int]:
     """
     tokenizer, text = model.processor.tokenizer, text.strip()
     forms = {"given": text, "capitalised": text[:1].upper() + text[1:], "small": text.lower()}
-    found = {}
+    found, is_known = {}, False
     for name, form in forms.items():
         for space in ("", " "):
             ids = tokenizer(space + form, add_special_tokens=False).input_ids
-            # Some tokenizers write a space as a token of its own, with which every answer would begin.
-            if ids and ids[0] != tokenizer.unk_token_id and tokenizer.decode(ids[:1]).strip():
+            if not ids or ids[0] == tokenizer.unk_token_id:
+                continue
+            # Some tokenizers write a space as a token of its own, with which many answers begin (LLaMA: numbers).
+            is_known = True
+            if tokenizer.decode(ids[:1]).strip():
                 found[f"{name}{space}"] = ids[0]
+    if not found and is_known:
+        raise SampleError(
+            f"the answer {text!r} begins with a space's own token, as others do: one token cannot tell them apart",
+            "an answer that begins with a space's own token",
+        )
     if not found:
         raise SampleError(f"the model knows no word of the answer {text!r}", "an answer that the model does not know")
     return found

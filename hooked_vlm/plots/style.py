@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from hooked_vlm.files import whole_file
 
@@ -95,3 +96,44 @@ def write_title(figure: Figure, title: str) -> None:
     width, height = figure.get_size_inches()
     place = {"x": 0.2 / width, "ha": "left", "y": 1 - TitleTop / height, "va": "top"}
     figure.suptitle(title, fontsize=TitleSize, parse_math=False, **place)
+
+
+def in_words(quantity: str, metric: str) -> str:
+    """A quantity of a metric, a word a line."""
+    sign = {"patched": "", "effect": "Δ ", "normalized": "norm. "}[quantity]
+    return sign + metric.replace("_", "\n")
+
+
+def reach(values: Float[np.ndarray, "..."]) -> float:
+    """How far values go from 0; 1 where they are all 0."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def draw_cells(axes: Axes, values: Float[np.ndarray, "row layer"], far: float) -> Any:
+    """A heatmap, white at 0; what is NaN is grey. The first row is on top."""
+    axes.set_facecolor("0.9")
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-far, vmax=far)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8, length=2)
+    return mesh
+
+
+def number(axis: Any, labels: np.ndarray) -> None:
+    """Tick labels, at most about ten."""
+    step = next(step for step in (1, 2, 5, 10, 20, len(labels)) if len(labels) <= 10 * step)
+    axis.set_ticks(np.arange(0, len(labels), step) + 0.5, labels[::step])
+    axis.set_tick_params(labelsize=8, length=2)
+
+
+def add_bar(figure: Figure, grid: np.ndarray, mesh: Any, what: str) -> None:
+    """One color bar for all panels, at their right."""
+    width, height = figure.get_size_inches()
+    boxes = [axes.get_position(original=True) for axes in grid.ravel()]
+    right, low = max(box.x1 for box in boxes), min(box.y0 for box in boxes)
+    room = 0.16 * (what.count("\n") + 1)
+    axes = figure.add_axes(
+        (right + 0.15 / width, low, 0.11 / width, max(box.y1 for box in boxes) - low - (room - 0.1) / height)
+    )
+    figure.colorbar(mesh, cax=axes).ax.tick_params(labelsize=7)
+    axes.set_title(what, fontsize=8, pad=5, loc="left", parse_math=False)
