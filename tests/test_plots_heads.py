@@ -16,7 +16,7 @@ from hooked_vlm.experiments.notice import notice
 from hooked_vlm.experiments.roles import by_role
 from hooked_vlm.plots.head_looks import attention_overlay_figure, head_function_figure
 from hooked_vlm.plots.heads import head_grid_figure, selection_matrix_figure
-from hooked_vlm.plots.roles import comparison_figure, role_figure
+from hooked_vlm.plots.roles import role_figure
 from tests.test_plots import check_legible
 
 LD = "logit_difference"
