@@ -25,8 +25,8 @@ from benchmarks.sweeps.cells import Patch
 from benchmarks.sweeps.grids import Grid
 from hooked_vlm import HookedVLM, toys
 from hooked_vlm.data import Sample, Samples, shapes
-from hooked_vlm.experiments.cases import ready
 from hooked_vlm.experiments.notice import notice, patch_heads
+from hooked_vlm.experiments.parts.cases import ready
 from hooked_vlm.metrics import Probability
 
 TOY = "toy-blip-vqa"

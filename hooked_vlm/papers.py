@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from hooked_vlm.corruptions import AdditiveGaussian, Scaled
 from hooked_vlm.data import Samples, shapes
 from hooked_vlm.experiments.answer_by_layer import answer_by_layer
-from hooked_vlm.experiments.cases import Pair
 from hooked_vlm.experiments.causal_trace import causal_trace
 from hooked_vlm.experiments.constraint_trace import peak_by_layer, window_study
-from hooked_vlm.experiments.heads import select_heads
-from hooked_vlm.experiments.identification import NextToken
 from hooked_vlm.experiments.information_flow import EDGES, information_flow
 from hooked_vlm.experiments.notice import notice, patch_heads
-from hooked_vlm.experiments.token_choice import ObjectTokens, OtherTokens, RandomTokens
+from hooked_vlm.experiments.parts.cases import Pair
+from hooked_vlm.experiments.parts.heads import select_heads
+from hooked_vlm.experiments.parts.identification import NextToken
+from hooked_vlm.experiments.parts.token_choice import ObjectTokens, OtherTokens, RandomTokens
 from hooked_vlm.experiments.visual_tokens import visual_tokens
 from hooked_vlm.models import HookedVLM
 

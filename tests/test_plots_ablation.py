@@ -9,7 +9,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from hooked_vlm.experiments.components import Node, over_nodes
+from hooked_vlm.experiments.parts.components import Node, over_nodes
 from hooked_vlm.plots.ablation import RANDOM, SELECTED, ablated_sets_figure, ablation_grid_figure, path_patch_figure
 from hooked_vlm.statistics import bootstrap
 from tests.test_plots import check_legible

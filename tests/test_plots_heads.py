@@ -11,9 +11,9 @@ from matplotlib.patches import Rectangle
 from hooked_vlm import HookedVLM
 from hooked_vlm.data import shapes
 from hooked_vlm.experiments.head_function import head_function, head_summary
-from hooked_vlm.experiments.heads import Head, select_heads, universal_heads
 from hooked_vlm.experiments.notice import notice
-from hooked_vlm.experiments.roles import by_role
+from hooked_vlm.experiments.parts.heads import Head, select_heads, universal_heads
+from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.plots.head_looks import attention_overlay_figure, head_function_figure
 from hooked_vlm.plots.heads import head_grid_figure, selection_matrix_figure
 from hooked_vlm.plots.roles import role_figure

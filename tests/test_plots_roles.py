@@ -12,7 +12,7 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.corruptions import Scaled
 from hooked_vlm.data import shapes
 from hooked_vlm.experiments.compare import compare
-from hooked_vlm.experiments.roles import by_role
+from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.plots.roles import comparison_figure, role_figure
 
 LD = "logit_difference"

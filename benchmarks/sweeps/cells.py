@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.edits import BlockAttention, Edit, Replace
-from hooked_vlm.experiments.sites import site_name
+from hooked_vlm.experiments.parts.sites import site_name
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from benchmarks.sweeps.subject import Subject
 from hooked_vlm import VLMInputs
 from hooked_vlm.corruptions import AdditiveGaussian
 from hooked_vlm.edits import Add, Edit
-from hooked_vlm.experiments.sites import window
+from hooked_vlm.experiments.parts.sites import window
 
 WINDOW = 9
 """Layers in which an edge is blocked together (Zhang et al. 2024)."""

@@ -5,13 +5,15 @@ from hooked_vlm.experiments.answer_by_layer import answer_by_layer
 from hooked_vlm.experiments.attention_contribution import attention_contribution, predict_correctness
 from hooked_vlm.experiments.causal_trace import causal_trace
 from hooked_vlm.experiments.compare import compare, compare_results
-from hooked_vlm.experiments.components import Component, all_heads, all_mlps
 from hooked_vlm.experiments.constraint_trace import constraint_trace, peak_by_layer, window_study
-from hooked_vlm.experiments.controls import random_control
-from hooked_vlm.experiments.dataset_means import dataset_means
 from hooked_vlm.experiments.edit_mlp import edit_mlp, edit_side_effects, edited_mlp, find_value, key_of, multedit
 from hooked_vlm.experiments.head_function import head_function, head_summary
-from hooked_vlm.experiments.heads import (
+from hooked_vlm.experiments.information_flow import information_flow, layer_groups
+from hooked_vlm.experiments.notice import notice, patch_heads
+from hooked_vlm.experiments.parts.components import Component, all_heads, all_mlps
+from hooked_vlm.experiments.parts.controls import random_control
+from hooked_vlm.experiments.parts.dataset_means import dataset_means
+from hooked_vlm.experiments.parts.heads import (
     Head,
     agreement,
     heads_of,
@@ -19,10 +21,8 @@ from hooked_vlm.experiments.heads import (
     split_half_agreement,
     universal_heads,
 )
-from hooked_vlm.experiments.information_flow import information_flow, layer_groups
-from hooked_vlm.experiments.notice import notice, patch_heads
+from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.experiments.path_patch import path_patch
-from hooked_vlm.experiments.roles import by_role
 from hooked_vlm.experiments.visual_tokens import mean_visual_embedding, paper_conditions, visual_tokens
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 
 from hooked_vlm.data.samples import Sample
-from hooked_vlm.experiments.cases import QUESTION, Scored, ready
-from hooked_vlm.experiments.components import (
+from hooked_vlm.experiments.parts.cases import QUESTION, Scored, ready
+from hooked_vlm.experiments.parts.components import (
     Component,
     Components,
     all_heads,
@@ -25,12 +25,12 @@ from hooked_vlm.experiments.components import (
     components_of,
     over_nodes,
 )
-from hooked_vlm.experiments.controls import random_control
-from hooked_vlm.experiments.dataset_means import By, Means, dataset_means, samples_of
-from hooked_vlm.experiments.fillings import Donors, Filling, OfMeans, OfNoise, OfSamples, Zeros
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.roles import Roles
-from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
+from hooked_vlm.experiments.parts.controls import random_control
+from hooked_vlm.experiments.parts.dataset_means import By, Means, dataset_means, samples_of
+from hooked_vlm.experiments.parts.fillings import Donors, Filling, OfMeans, OfNoise, OfSamples, Zeros
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.roles import Roles
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.selection import Positions
 from hooked_vlm.sweep import Effects, sweep
@@ -66,7 +66,7 @@ def ablate(
 
     Args:
         components: one set, or several by name, of heads, MLPs, neurons, positions or whole hook points
-            (:mod:`~hooked_vlm.experiments.components`). Those of a set are ablated together; a head is its z.
+            (:mod:`~hooked_vlm.experiments.parts.components`). Those of a set are ablated together; a head is its z.
         how: what takes their place. ``"zero"``: zeros. ``"mean"``: the mean over the reference. ``"resample"``: what
             another sample of the reference has there, for each of ``draws``. ``"noise"``: what is there, and Gaussian
             noise of ``std`` times the hook point's own standard deviation on the sample, for each of ``draws``.
@@ -79,9 +79,9 @@ def ablate(
             of an ``"other_answer"``.
         controls: for each set, so many random ones of equal size beside it (:func:`random_control`).
         seed: of controls, donors and noise.
-        metrics: of :data:`~hooked_vlm.experiments.scores.METRICS`.
+        metrics: of :data:`~hooked_vlm.experiments.parts.scores.METRICS`.
         roles: how roles are named.
-        prompt, scored: as of :func:`~hooked_vlm.experiments.cases.ready`.
+        prompt, scored: as of :func:`~hooked_vlm.experiments.parts.cases.ready`.
 
     Returns:
         Over ``(metric, sample, set)``: ``ablated``, the metric; ``effect``, that less the clean run's: negative where

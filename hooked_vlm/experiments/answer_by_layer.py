@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
-from hooked_vlm.experiments.cases import QUESTION, first_tokens, prepared
-from hooked_vlm.experiments.cells import n_layers
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.sites import site_name
+from hooked_vlm.experiments.parts.cases import QUESTION, first_tokens, prepared
+from hooked_vlm.experiments.parts.cells import n_layers
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.sites import site_name
 from hooked_vlm.inputs import SpanError, VLMInputs
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.models.bert import Bert

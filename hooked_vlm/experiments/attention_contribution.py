@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hooked_vlm.components import Attention
 from hooked_vlm.data.samples import Sample, SampleError
-from hooked_vlm.experiments.cases import first_tokens, prepared
-from hooked_vlm.experiments.cells import n_layers
 from hooked_vlm.experiments.constraint_trace import PROMPT
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.roles import with_roles
+from hooked_vlm.experiments.parts.cases import first_tokens, prepared
+from hooked_vlm.experiments.parts.cells import n_layers
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.roles import with_roles
 from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.metrics import at

@@ -19,12 +19,12 @@ from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.edits import Edit, Replace, edit_hooks
-from hooked_vlm.experiments.cases import QUESTION, CorruptionOf, Scored, described, ready
-from hooked_vlm.experiments.cells import ALL, GROUPS, Cell, Which, as_grid, list_cells, n_layers
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.roles import Roles, with_roles
-from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
-from hooked_vlm.experiments.sites import SiteKind, WindowConvention, site_kinds, site_name, window
+from hooked_vlm.experiments.parts.cases import QUESTION, CorruptionOf, Scored, described, ready
+from hooked_vlm.experiments.parts.cells import ALL, GROUPS, Cell, Which, as_grid, list_cells, n_layers
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.roles import Roles, with_roles
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of
+from hooked_vlm.experiments.parts.sites import SiteKind, WindowConvention, site_kinds, site_name, window
 from hooked_vlm.hooks import match_names
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.metrics import at
@@ -76,12 +76,13 @@ def causal_trace(
         severed: ``"mlp"``, ``"attn"`` or ``"cross_attn"``: sub-layers of that kind, in the layers after the patch and
             at its positions, keep what they write in the run that is patched, and so cannot answer to it (Meng et al.
             2022, figure 3).
-        metrics: of :data:`~hooked_vlm.experiments.scores.METRICS`.
+        metrics: of :data:`~hooked_vlm.experiments.parts.scores.METRICS`.
         answer: the token scored; by default what the clean run finds likeliest.
         foil: the token it is held against; by default the likeliest other one in the corrupted run.
-        roles: of samples: how positions are named, for :func:`~hooked_vlm.experiments.roles.by_role`.
+        roles: of samples: how positions are named, for :func:`~hooked_vlm.experiments.parts.roles.by_role`.
         prompt: of samples: what is asked, around the question.
-        scored: of samples, in place of ``answer`` and ``foil``: as of :func:`~hooked_vlm.experiments.cases.ready`.
+        scored: of samples, in place of ``answer`` and ``foil``: as of
+            :func:`~hooked_vlm.experiments.parts.cases.ready`.
 
     Returns:
         Variables over ``(metric, sample, tower, site, layer, position)``: ``patched``; ``effect``, patched less the

@@ -15,13 +15,13 @@ import numpy as np
 
 from hooked_vlm.corruptions import ReplaceTokens, describe
 from hooked_vlm.data.samples import Sample
-from hooked_vlm.experiments.cases import Case, Scored, ready
 from hooked_vlm.experiments.causal_trace import Direction, causal_trace
-from hooked_vlm.experiments.cells import Which, n_layers
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.roles import Roles, with_roles
-from hooked_vlm.experiments.scores import DEFAULT_METRICS
-from hooked_vlm.experiments.sites import WindowConvention, site_name, window
+from hooked_vlm.experiments.parts.cases import Case, Scored, ready
+from hooked_vlm.experiments.parts.cells import Which, n_layers
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.roles import Roles, with_roles
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS
+from hooked_vlm.experiments.parts.sites import WindowConvention, site_name, window
 from hooked_vlm.inputs import Span, VLMInputs
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.statistics import bootstrap
@@ -62,7 +62,7 @@ def constraint_trace(
         span: the samples' span that is replaced: each of its tokens becomes the first piece of ``by``
             (:class:`~hooked_vlm.corruptions.ReplaceTokens`), so that the text keeps its length.
         width: of the window of layers that are restored together; ``convention`` as in
-            :func:`~hooked_vlm.experiments.sites.window`. The paper's width is a radius.
+            :func:`~hooked_vlm.experiments.parts.sites.window`. The paper's width is a radius.
         positions: of a tower that reads an image among its tokens (LLaVA), which are traced.
         scored: ``"own"``: the answer that the clean run finds likeliest, as in the paper; ``"given"``: the sample's.
         towers, sites, direction, metrics, roles, prompt: as of :func:`~hooked_vlm.experiments.causal_trace`.

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from hooked_vlm.components.weights import is_int8
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import Add
-from hooked_vlm.experiments.cases import first_tokens, ready
 from hooked_vlm.experiments.constraint_trace import PROMPT
-from hooked_vlm.experiments.over_samples import over_samples
+from hooked_vlm.experiments.parts.cases import first_tokens, ready
+from hooked_vlm.experiments.parts.over_samples import over_samples
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.metrics import at
 from hooked_vlm.models import HookedVLM

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import BlockAttention
-from hooked_vlm.experiments.cases import QUESTION, Case, Scored, ready
-from hooked_vlm.experiments.heads import Head, where_heads_read
 from hooked_vlm.experiments.notice import list_heads
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.region_measures import enrichment, share
-from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
+from hooked_vlm.experiments.parts.cases import QUESTION, Case, Scored, ready
+from hooked_vlm.experiments.parts.heads import Head, where_heads_read
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.region_measures import enrichment, share
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of
 from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.inputs import SpanError, VLMInputs
 from hooked_vlm.models import HookedVLM

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import BlockAttention
-from hooked_vlm.experiments.cases import QUESTION, Scored, first_tokens, ready
-from hooked_vlm.experiments.cells import n_layers
-from hooked_vlm.experiments.identification import Likeliest
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.picture_parts import picked, with_picture_spans
-from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
-from hooked_vlm.experiments.sites import WindowConvention, window
+from hooked_vlm.experiments.parts.cases import QUESTION, Scored, first_tokens, ready
+from hooked_vlm.experiments.parts.cells import n_layers
+from hooked_vlm.experiments.parts.identification import Likeliest
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.picture_parts import picked, with_picture_spans
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of
+from hooked_vlm.experiments.parts.sites import WindowConvention, window
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.metrics import Together, at
 from hooked_vlm.models import HookedVLM
@@ -115,19 +115,19 @@ def information_flow(
         edges: pairs of spans, source and target; by default :data:`EDGES`, of samples with a region ``object``. Besides
             the sample's own spans and regions (``image.NAME``) and the inputs': ``rest``, ``image.seen``,
             ``image.padding``, ``image.class``, see
-            :func:`~hooked_vlm.experiments.picture_parts.with_picture_spans`; and expressions such as
+            :func:`~hooked_vlm.experiments.parts.picture_parts.with_picture_spans`; and expressions such as
             ``"image - image.object"``, the other patches that see the picture.
         width: how many layers are blocked together around each; ``convention`` as in :func:`window`. The paper's are 9
             of 40 and 7 of 32 layers.
         layers: groups of layers to block together, in place of windows: ``{"early": (0, 9)}``, or without names.
         spans: more names for edges: functions of the model and a sample's inputs that give positions.
         padding: count patches that see no picture into what is left of it.
-        metrics: of :data:`~hooked_vlm.experiments.scores.METRICS`.
+        metrics: of :data:`~hooked_vlm.experiments.parts.scores.METRICS`.
         answer, foil: of inputs: the tokens scored; by default the two that the clean run finds likeliest.
         prompt: of samples: what is asked, around the question.
         scored: of samples: ``"own"``, the answer that the model itself begins with, as in the paper, or the ``"given"``
-            one; as of :func:`~hooked_vlm.experiments.cases.ready`. The paper keeps only samples that the model answers
-            rightly: :func:`hooked_vlm.data.keep_correct`.
+            one; as of :func:`~hooked_vlm.experiments.parts.cases.ready`. The paper keeps only samples that the model
+            answers rightly: :func:`hooked_vlm.data.keep_correct`.
 
     Returns:
         Over ``(metric, sample, edge, layer)``: ``blocked``, and ``change``, that less ``base``, the clean run. Over

@@ -18,14 +18,14 @@ from torch import Tensor
 from hooked_vlm.corruptions import Corrupted
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.edits import Positions, Replace, edit_hooks
-from hooked_vlm.experiments.cases import QUESTION, Case, CorruptionOf, Scored, described, ready
 from hooked_vlm.experiments.causal_trace import Direction, causal_trace
-from hooked_vlm.experiments.cells import Which, image_positions
-from hooked_vlm.experiments.heads import HEAD_DIMS, Head, attention_kinds, where_heads_read
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.roles import Roles, with_roles
-from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of, normalized_effect
-from hooked_vlm.experiments.sites import WindowConvention, site_kinds
+from hooked_vlm.experiments.parts.cases import QUESTION, Case, CorruptionOf, Scored, described, ready
+from hooked_vlm.experiments.parts.cells import Which, image_positions
+from hooked_vlm.experiments.parts.heads import HEAD_DIMS, Head, attention_kinds, where_heads_read
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.roles import Roles, with_roles
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of, normalized_effect
+from hooked_vlm.experiments.parts.sites import WindowConvention, site_kinds
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.sweep import Effects, sweep
 
@@ -62,7 +62,7 @@ def notice(
             under the name of MLP, the whole output of the layer: that is ``resid``.
 
     The others, what is returned, and what raises are :func:`causal_trace`'s. Rows of the paper's heatmaps are
-    :func:`~hooked_vlm.experiments.roles.by_role` of the result.
+    :func:`~hooked_vlm.experiments.parts.roles.by_role` of the result.
     """
     towers = model.text_towers[:1] if towers is None else towers
     if sites is None:

@@ -5,7 +5,7 @@
    so does every other MLP, unless they are free. What do the receivers read then?
 3. Run the original inputs again, the receivers reading that, and all that comes after them as it may.
 
-Since heads are frozen, step 2 needs no forward (:mod:`hooked_vlm.experiments.paths`), and step 3 is one sweep.
+Since heads are frozen, step 2 needs no forward (:mod:`hooked_vlm.experiments.parts.paths`), and step 3 is one sweep.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.edits import Edit, Replace, edit_hooks
-from hooked_vlm.experiments.cases import QUESTION, Case, CorruptionOf, Scored, described, ready
-from hooked_vlm.experiments.components import check_spans, listed, matching
-from hooked_vlm.experiments.heads import Head
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.paths import Paths
-from hooked_vlm.experiments.scores import DEFAULT_METRICS, metrics_of
+from hooked_vlm.experiments.parts.cases import QUESTION, Case, CorruptionOf, Scored, described, ready
+from hooked_vlm.experiments.parts.components import check_spans, listed, matching
+from hooked_vlm.experiments.parts.heads import Head
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.paths import Paths
+from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.selection import Positions
 from hooked_vlm.sweep import Effects, sweep
@@ -86,8 +86,8 @@ def path_patch(
             reverse.
         positions: where senders are patched; by default everywhere.
         receiver_positions: where receivers read it; by default everywhere.
-        metrics: of :data:`~hooked_vlm.experiments.scores.METRICS`.
-        prompt, scored: as of :func:`~hooked_vlm.experiments.cases.ready`.
+        metrics: of :data:`~hooked_vlm.experiments.parts.scores.METRICS`.
+        prompt, scored: as of :func:`~hooked_vlm.experiments.parts.cases.ready`.
 
     Returns:
         Over ``(metric, sample, sender, receiver)``: ``patched``, the metric; ``effect``, that less the original run's;

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import Edit, Mean, Replace, Zero
-from hooked_vlm.experiments.cases import prepared
-from hooked_vlm.experiments.identification import (
+from hooked_vlm.experiments.parts.cases import prepared
+from hooked_vlm.experiments.parts.identification import (
     Evaluation,
     Judged,
     NextToken,
     evaluations,
     object_name,
 )
-from hooked_vlm.experiments.over_samples import over_samples
-from hooked_vlm.experiments.token_choice import (
+from hooked_vlm.experiments.parts.over_samples import over_samples
+from hooked_vlm.experiments.parts.token_choice import (
     GradientTokens,
     ObjectTokens,
     RandomTokens,
@@ -36,7 +36,7 @@ from hooked_vlm.experiments.token_choice import (
     visual_tokens_of,
     with_picture,
 )
-from hooked_vlm.experiments.visual_gradients import visual_site
+from hooked_vlm.experiments.parts.visual_gradients import visual_site
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.models import HookedVLM
 
@@ -86,8 +86,8 @@ def visual_tokens(
         replace_by: ``"mean"``; ``"zero"``; or ``"resample"``, the tokens of another sample's picture in the same
             places.
         mean: an embedding, by default :func:`mean_visual_embedding` of the samples.
-        evaluate: names of :data:`~hooked_vlm.experiments.identification.EVALUATIONS`, or evaluations of your own by
-            name.
+        evaluate: names of :data:`~hooked_vlm.experiments.parts.identification.EVALUATIONS`, or evaluations of your own
+            by name.
         named: what the object is called.
         seed: of which other sample gives its tokens.
 

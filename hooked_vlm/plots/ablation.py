@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooked_vlm.experiments.components import ATTENTIONS, Node
+from hooked_vlm.experiments.parts.components import ATTENTIONS, Node
 from hooked_vlm.plots.style import (
     SITE_TITLES,
     RowHeight,

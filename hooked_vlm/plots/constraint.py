@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from hooked_vlm.experiments.roles import by_role
-from hooked_vlm.experiments.sites import window
+from hooked_vlm.experiments.parts.roles import by_role
+from hooked_vlm.experiments.parts.sites import window
 from hooked_vlm.plots.style import (
     COLOR_MAPS,
     SITE_TITLES,

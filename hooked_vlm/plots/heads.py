@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
-from hooked_vlm.experiments.heads import HEAD_DIMS, heads_of
+from hooked_vlm.experiments.parts.heads import HEAD_DIMS, heads_of
 from hooked_vlm.plots.style import (
     SITE_TITLES,
     RowHeight,
@@ -33,7 +33,7 @@ def head_grid_figure(selection: xr.Dataset, *, title: str = "") -> Figure:
     """Every head's score, layers down and heads across; those that are selected are outlined.
 
     Args:
-        selection: of :func:`~hooked_vlm.experiments.heads.select_heads`.
+        selection: of :func:`~hooked_vlm.experiments.parts.heads.select_heads`.
     """
     from matplotlib.figure import Figure
 
@@ -85,7 +85,7 @@ def selection_matrix_figure(matrix: xr.Dataset, *, title: str = "") -> Figure:
     Selected cells are outlined; universal heads are marked with a star.
 
     Args:
-        matrix: of :func:`~hooked_vlm.experiments.heads.universal_heads`.
+        matrix: of :func:`~hooked_vlm.experiments.parts.heads.universal_heads`.
 
     Raises:
         ValueError: no head is selected for anything.

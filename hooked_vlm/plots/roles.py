@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hooked_vlm.experiments.roles import by_role
+from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.plots.style import (
     SITE_TITLES,
     RowHeight,

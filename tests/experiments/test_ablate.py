@@ -12,8 +12,8 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.data import shapes
 from hooked_vlm.edits import Noise, Replace, Zero
 from hooked_vlm.experiments.ablate import _scored, ablate, ablation_sweep
-from hooked_vlm.experiments.cases import prepared, ready
-from hooked_vlm.experiments.components import Component, Node, all_heads, all_mlps, components_of, nodes
+from hooked_vlm.experiments.parts.cases import prepared, ready
+from hooked_vlm.experiments.parts.components import Component, Node, all_heads, all_mlps, components_of, nodes
 from hooked_vlm.metrics import LogitDifference
 from hooked_vlm.sweep import Effects
 from tests.experiments import planted, planted_llava

@@ -11,7 +11,7 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.data import SampleError, shapes
 from hooked_vlm.edits import Zero
 from hooked_vlm.experiments.answer_by_layer import answer_by_layer, layer_logits
-from hooked_vlm.experiments.cases import prepared
+from hooked_vlm.experiments.parts.cases import prepared
 from tests.experiments import planted_llava as planted
 from tests.experiments.planted_words import planted_model, planted_sample
 

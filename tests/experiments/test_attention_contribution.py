@@ -17,7 +17,7 @@ from hooked_vlm.experiments.attention_contribution import (
     contributions,
     predict_correctness,
 )
-from hooked_vlm.experiments.cases import prepared
+from hooked_vlm.experiments.parts.cases import prepared
 from hooked_vlm.inputs import SpanError
 from hooked_vlm.plots.constraint import contribution_figure
 from hooked_vlm.statistics import auroc

@@ -16,7 +16,7 @@ from hooked_vlm.corruptions import (
 )
 from hooked_vlm.edits import Replace
 from hooked_vlm.experiments import causal_trace
-from hooked_vlm.experiments.sites import site_name, window
+from hooked_vlm.experiments.parts.sites import site_name, window
 from hooked_vlm.metrics import LogitDifference, Probability
 
 SAMPLE = toys.demo_sample()

@@ -15,9 +15,9 @@ from hooked_vlm.corruptions import AdditiveGaussian, CounterfactualImage, Counte
 from hooked_vlm.data import Sample, SampleError, Samples, shapes
 from hooked_vlm.edits import Replace
 from hooked_vlm.experiments import causal_trace
-from hooked_vlm.experiments.cases import prepared, ready
-from hooked_vlm.experiments.roles import by_role
-from hooked_vlm.experiments.sites import site_name
+from hooked_vlm.experiments.parts.cases import prepared, ready
+from hooked_vlm.experiments.parts.roles import by_role
+from hooked_vlm.experiments.parts.sites import site_name
 from hooked_vlm.metrics import LogitDifference, Probability
 
 ALL, IMAGE = -1, -2

@@ -13,9 +13,9 @@ from hooked_vlm.corruptions import ReplaceTokens
 from hooked_vlm.data import Sample, SampleError, shapes
 from hooked_vlm.edits import Replace
 from hooked_vlm.experiments import causal_trace
-from hooked_vlm.experiments.cases import prepared
 from hooked_vlm.experiments.constraint_trace import constraint_trace, peak_by_layer, window_study
-from hooked_vlm.experiments.sites import window
+from hooked_vlm.experiments.parts.cases import prepared
+from hooked_vlm.experiments.parts.sites import window
 from hooked_vlm.plots.constraint import constraint_trace_figure, window_study_figure
 from tests.experiments import planted_mlp as planted
 from tests.test_plots import check_legible

@@ -14,11 +14,11 @@ from hypothesis.extra import numpy as arrays
 from hooked_vlm import HookedVLM, Span
 from hooked_vlm.data import SampleError, Samples, shapes
 from hooked_vlm.edits import BlockAttention
-from hooked_vlm.experiments.cases import Case, prepared, ready
 from hooked_vlm.experiments.head_function import CUTS, head_function, head_summary
-from hooked_vlm.experiments.heads import Head
 from hooked_vlm.experiments.notice import list_heads
-from hooked_vlm.experiments.region_measures import enrichment
+from hooked_vlm.experiments.parts.cases import Case, prepared, ready
+from hooked_vlm.experiments.parts.heads import Head
+from hooked_vlm.experiments.parts.region_measures import enrichment
 from hooked_vlm.statistics import auroc
 from tests.experiments import planted, planted_llava
 

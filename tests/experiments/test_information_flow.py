@@ -12,11 +12,11 @@ import torch
 from hooked_vlm import HookedVLM, Span
 from hooked_vlm.data import Sample, SampleError, Samples, shapes
 from hooked_vlm.edits import BlockAttention, Scale
-from hooked_vlm.experiments.cases import prepared
 from hooked_vlm.experiments.information_flow import EDGES, information_flow, layer_groups, route
-from hooked_vlm.experiments.picture_parts import with_picture_spans
-from hooked_vlm.experiments.sites import window
-from hooked_vlm.experiments.token_choice import ObjectTokens, RandomTokens
+from hooked_vlm.experiments.parts.cases import prepared
+from hooked_vlm.experiments.parts.picture_parts import with_picture_spans
+from hooked_vlm.experiments.parts.sites import window
+from hooked_vlm.experiments.parts.token_choice import ObjectTokens, RandomTokens
 from hooked_vlm.metrics import LogitDifference, Probability
 from hooked_vlm.patches import PatchGrid
 from hooked_vlm.sweep import sweep

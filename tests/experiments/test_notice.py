@@ -14,10 +14,10 @@ from hooked_vlm.corruptions import AdditiveGaussian, Corrupted, CounterfactualIm
 from hooked_vlm.data import SampleError, Samples, shapes
 from hooked_vlm.edits import Replace, edit_hooks
 from hooked_vlm.experiments import causal_trace
-from hooked_vlm.experiments.cases import Case, ready
-from hooked_vlm.experiments.heads import Head
 from hooked_vlm.experiments.notice import list_heads, notice, patch_heads
-from hooked_vlm.experiments.roles import by_role
+from hooked_vlm.experiments.parts.cases import Case, ready
+from hooked_vlm.experiments.parts.heads import Head
+from hooked_vlm.experiments.parts.roles import by_role
 from tests.experiments import planted, planted_llava
 
 module = importlib.import_module("hooked_vlm.experiments.notice")  # the package has the function of that name

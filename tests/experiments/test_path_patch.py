@@ -19,9 +19,9 @@ from hooked_vlm.corruptions import AdditiveGaussian, CounterfactualImage
 from hooked_vlm.data import shapes
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.edits import Replace
-from hooked_vlm.experiments.cases import ready
+from hooked_vlm.experiments.parts.cases import ready
+from hooked_vlm.experiments.parts.paths import Paths
 from hooked_vlm.experiments.path_patch import path_patch
-from hooked_vlm.experiments.paths import Paths
 from hooked_vlm.metrics import LogitDifference
 from tests import llava_processors
 from tests.experiments import planted, planted_llava

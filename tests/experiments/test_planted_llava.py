@@ -13,7 +13,7 @@ from hooked_vlm import VLMInputs, results
 from hooked_vlm.corruptions import Corrupted
 from hooked_vlm.edits import BlockAttention, Replace
 from hooked_vlm.experiments import causal_trace
-from hooked_vlm.experiments.sites import window
+from hooked_vlm.experiments.parts.sites import window
 from hooked_vlm.plots import patch_trace_figure
 from tests.experiments import planted_llava as planted
 

@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessor, LlavaNextImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from hooked_vlm import HookedVLM, Span, SpanError, VLMInputs
-from hooked_vlm.experiments.picture_parts import dilated, picked, with_picture_spans
+from hooked_vlm.experiments.parts.picture_parts import dilated, picked, with_picture_spans
 from hooked_vlm.patches import NEWLINE, PatchGrid, image_tokens
 from tests.experiments.planted_words import planted_model, planted_sample
 

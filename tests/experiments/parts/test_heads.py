@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as arrays
 from hooked_vlm import HookedVLM, results
 from hooked_vlm.data import shapes
 from hooked_vlm.experiments.ablate import ablate
-from hooked_vlm.experiments.heads import (
+from hooked_vlm.experiments.notice import patch_heads
+from hooked_vlm.experiments.parts.heads import (
     Agreement,
     Head,
     agreement,
@@ -23,7 +24,6 @@ from hooked_vlm.experiments.heads import (
     split_half_agreement,
     universal_heads,
 )
-from hooked_vlm.experiments.notice import patch_heads
 
 LD = "logit_difference"
 N_LAYERS, N_HEADS = 3, 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import Edit
-from hooked_vlm.experiments.cases import QUESTION, Case, prepared, ready
+from hooked_vlm.experiments.parts.cases import QUESTION, Case, prepared, ready
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.metrics import Generated, LogitDifference, Position, Probability, ReadsOne, Together, at
 from hooked_vlm.models import HookedVLM

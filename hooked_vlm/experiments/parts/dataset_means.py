@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.data.samples import Dropped, Sample, SampleError, Samples
-from hooked_vlm.experiments.cases import QUESTION, prepared
-from hooked_vlm.experiments.roles import Roles, token_roles
+from hooked_vlm.experiments.parts.cases import QUESTION, prepared
+from hooked_vlm.experiments.parts.roles import Roles, token_roles
 from hooked_vlm.files import whole_file
 from hooked_vlm.hooks import Names, match_names
 from hooked_vlm.inputs import VLMInputs
@@ -130,7 +130,7 @@ def dataset_means(
     Args:
         sites: hook points, or patterns of them.
         by: ``"position"``: of each position, over samples of one length; ``"role"``: over all positions of a role
-            (:func:`~hooked_vlm.experiments.roles.token_roles`); ``"global"``: over all positions. A mean over
+            (:func:`~hooked_vlm.experiments.parts.roles.token_roles`); ``"global"``: over all positions. A mean over
             positions counts positions, not samples: longer samples weigh more.
         roles: how roles are named.
         prompt: what is asked, around the question.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.data import Sample, SampleError, span_of
-from hooked_vlm.experiments.cases import prepared
+from hooked_vlm.experiments.parts.cases import prepared
 from hooked_vlm.inputs import SpanError
 from tests import llava_processors
 from tests.experiments.asking import CIRCLE, QUESTION, asked, words_at

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hooked_vlm import HookedVLM
 from hooked_vlm.data import shapes
 from hooked_vlm.experiments.ablate import ablate
-from hooked_vlm.experiments.components import Component, all_heads, all_mlps, components_of
-from hooked_vlm.experiments.controls import random_control
+from hooked_vlm.experiments.parts.components import Component, all_heads, all_mlps, components_of
+from hooked_vlm.experiments.parts.controls import random_control
 
 (SAMPLE,) = shapes(1, seed=7, kinds=("color",))
 MOVER = "language_model.L1.attn.H1"

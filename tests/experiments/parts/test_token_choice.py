@@ -10,15 +10,15 @@ import torch
 from hooked_vlm import HookedVLM, SpanError
 from hooked_vlm.data import SampleError, shapes
 from hooked_vlm.edits import Replace
-from hooked_vlm.experiments.cases import prepared, ready
-from hooked_vlm.experiments.identification import (
+from hooked_vlm.experiments.parts.cases import prepared, ready
+from hooked_vlm.experiments.parts.identification import (
     NextToken,
     Said,
     mentions,
     says_yes,
 )
-from hooked_vlm.experiments.picture_parts import with_picture_spans
-from hooked_vlm.experiments.token_choice import (
+from hooked_vlm.experiments.parts.picture_parts import with_picture_spans
+from hooked_vlm.experiments.parts.token_choice import (
     AllTokens,
     GradientTokens,
     LastRowTokens,
@@ -30,7 +30,7 @@ from hooked_vlm.experiments.token_choice import (
     choose_tokens,
     visual_tokens_of,
 )
-from hooked_vlm.experiments.visual_gradients import integrated_gradients, visual_site
+from hooked_vlm.experiments.parts.visual_gradients import integrated_gradients, visual_site
 from hooked_vlm.experiments.visual_tokens import visual_tokens
 from hooked_vlm.metrics import at
 from tests.llava_processors import model as tiny_llava
@@ -146,7 +146,7 @@ def test_gradients_are_complete(model, samples):
         mean = visual_tokens_of(model, inputs, inputs.positions("image.seen")).mean(0)
         found = integrated_gradients(model, inputs, image, case.answer, baseline=mean)
         assert found.values.shape == (len(image[0]), len(mean))
-        assert found.error < 0.02
+        assert found.error < 0.0004  # where gradients are taken at the steps' ends, up to 0.0023
         with torch.no_grad():
             edit = Replace(visual_site(model), mean, positions=image)
             blind = at(model.patch(inputs, [edit]), -1)
@@ -163,7 +163,7 @@ def test_several_numbers_of_tokens_share_their_gradients(toys, samples, monkeypa
         taken.append(options["steps"])
         return integrated_gradients(*arguments, **options)
 
-    monkeypatch.setattr("hooked_vlm.experiments.token_choice.integrated_gradients", noted)
+    monkeypatch.setattr("hooked_vlm.experiments.parts.token_choice.integrated_gradients", noted)
     choices = [
         GradientTokens(1, steps=3),
         GradientTokens(5, steps=3),
@@ -184,6 +184,14 @@ def test_gradients_leave_no_trace(model, samples):
     inputs = with_picture_spans(case.clean)
     needed = [parameter.requires_grad for parameter in model.parameters()]
     image = inputs.positions("image")
+    during: list[bool] = []
+
+    def look(activation, hook):
+        during.extend(parameter.requires_grad for parameter in model.parameters())
+
+    with model.hooks([(visual_site(model), look)]):
+        integrated_gradients(model, inputs, image, case.answer, steps=1)
+    assert not any(during[len(needed) : 2 * len(needed)])  # after the forward that reads the tokens themselves
     few, many = (integrated_gradients(model, inputs, image, case.answer, steps=6, batch_size=size) for size in (4, 6))
     assert torch.allclose(few.values, many.values, atol=1e-4)
     assert [parameter.requires_grad for parameter in model.parameters()] == needed

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
-from hooked_vlm.experiments.cases import QUESTION, prepared
-from hooked_vlm.experiments.picture_parts import dilated, with_picture_spans
-from hooked_vlm.experiments.visual_gradients import integrated_gradients, visual_site
+from hooked_vlm.experiments.parts.cases import QUESTION, prepared
+from hooked_vlm.experiments.parts.picture_parts import dilated, with_picture_spans
+from hooked_vlm.experiments.parts.visual_gradients import integrated_gradients, visual_site
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.metrics import at
 from hooked_vlm.models import HookedVLM

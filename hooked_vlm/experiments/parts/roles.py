@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hooked_vlm.experiments.cases import BUILT_IN
+from hooked_vlm.experiments.parts.cases import BUILT_IN
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.models import HookedVLM
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import Edit
-from hooked_vlm.experiments.heads import Head
+from hooked_vlm.experiments.parts.heads import Head
 from hooked_vlm.hooks import is_pattern, match_names
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.models import HookedVLM

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.edits import Positions
-from hooked_vlm.experiments.scores import normalized_effect
-from hooked_vlm.experiments.sites import site_kinds, site_name
+from hooked_vlm.experiments.parts.scores import normalized_effect
+from hooked_vlm.experiments.parts.sites import site_kinds, site_name
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.models import HookedVLM
 

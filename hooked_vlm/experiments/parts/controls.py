@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hooked_vlm.experiments.components import Component, Components, components_of, listed
+from hooked_vlm.experiments.parts.components import Component, Components, components_of, listed
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.selection import index_mask
 

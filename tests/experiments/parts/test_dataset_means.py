@@ -11,8 +11,8 @@ import torch
 from hooked_vlm import HookedVLM
 from hooked_vlm.data import shapes
 from hooked_vlm.experiments.ablate import ablate
-from hooked_vlm.experiments.cases import prepared
-from hooked_vlm.experiments.dataset_means import dataset_means
+from hooked_vlm.experiments.parts.cases import prepared
+from hooked_vlm.experiments.parts.dataset_means import dataset_means
 
 LD = {"metric": "logit_difference"}
 COLORS = shapes(5, seed=7, kinds=("color",))

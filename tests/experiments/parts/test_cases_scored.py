@@ -7,7 +7,7 @@ import torch
 
 from hooked_vlm.corruptions import CounterfactualQuestion, Scaled
 from hooked_vlm.data import Sample, SampleError, shapes
-from hooked_vlm.experiments.cases import corruption_of, described, first_tokens, ready
+from hooked_vlm.experiments.parts.cases import corruption_of, described, first_tokens, ready
 from tests import llava_processors
 from tests.experiments.asking import QUESTION
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.edits import Add, Edit, Mean, Replace, Zero, gaussian
-from hooked_vlm.experiments.cases import QUESTION, Case, prepared
-from hooked_vlm.experiments.components import Component
-from hooked_vlm.experiments.dataset_means import Means, position_tower
-from hooked_vlm.experiments.roles import Roles, token_roles
+from hooked_vlm.experiments.parts.cases import QUESTION, Case, prepared
+from hooked_vlm.experiments.parts.components import Component
+from hooked_vlm.experiments.parts.dataset_means import Means, position_tower
+from hooked_vlm.experiments.parts.roles import Roles, token_roles
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.selection import position_axis
