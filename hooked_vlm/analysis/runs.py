@@ -130,7 +130,7 @@ class Runs:
         starts = [name for name in model.hook_names if name.endswith(ROOTS) and ".blocks." not in name]
         edits = edit_hooks(model, run.inputs, run.edits)
         with (
-            _without_parameters(model),
+            without_parameters(model),
             torch.enable_grad(),
             model.hooks([*edits, (starts, root), *fwd_hooks], bwd_hooks),
         ):
@@ -164,7 +164,8 @@ class Tape:
 
 
 @contextmanager
-def _without_parameters(model: HookedVLM) -> Iterator[None]:
+def without_parameters(model: HookedVLM) -> Iterator[None]:
+    """Gradients of activations alone: the parameters take no part, and keep the ``.grad`` that they have."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

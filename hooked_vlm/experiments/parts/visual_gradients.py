@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_vlm.analysis.runs import _without_parameters
+from hooked_vlm.analysis.runs import without_parameters
 from hooked_vlm.hook_point import HookPoint
 from hooked_vlm.inputs import Span, VLMInputs
 from hooked_vlm.metrics import at
@@ -77,7 +77,7 @@ def integrated_gradients(
     start = torch.zeros_like(own) if baseline is None else baseline.to(own).expand_as(own)
     middles = (torch.arange(steps, device=own.device, dtype=torch.float32) + 0.5) / steps
     total = torch.zeros(own.shape, dtype=torch.float32, device=own.device)
-    with _without_parameters(model), torch.enable_grad():
+    with without_parameters(model), torch.enable_grad():
         for part in middles.to(own.dtype).split(batch_size):
             states = (start + part[:, None, None] * (own - start)).detach().requires_grad_()
             (gradient,) = torch.autograd.grad(_logit(model, inputs, site, places, states, answer).sum(), states)
