@@ -332,7 +332,14 @@ def test_the_figure_shows_each_token_and_the_picture_as_one(llava):
     found = attention_contribution(llava, samples, "subject", **ASKED)
     figure = contribution_figure(found, sample=0, title="what the last position reads")
     shown = check_legible(figure)
-    assert {"▸ yellow", "(image)", "object", "ASSISTANT:", "to last", "layer of language model.attn"} <= shown
+    assert {
+        "▸ yellow",
+        "(image)",
+        "object",
+        "ASSISTANT:",
+        "to last",
+        "layer of the language model's self-attention",
+    } <= shown
     rows = figure.axes[0].collections[0].get_array()
     own = found.isel(sample=0, tower=0)
     is_text = ~own.is_image & (own.token != "")
