@@ -33,6 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+LONGEST_FILES = ("test_docs.py", "test_every_name.py", "test_random_combinations.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a process takes a whole file, and one that begins last would be waited for."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from the same random numbers, and leaves the settings of torch as it found them."""

@@ -105,7 +105,7 @@ def knockout(subject: Subject, every: int) -> Iterator[Grid]:
     spans = {name: tuple(span) for name, span in subject.spans.items()}
 
     def blocked(source: str, target: str) -> list[Cell]:
-        windows = [tuple(window(layer, WINDOW, n_layers)) for layer in range(n_layers)]
+        windows = [tuple(window(layer, min(WINDOW, n_layers), n_layers)) for layer in range(n_layers)]
         return [Knockout(layers, queries=spans[target], keys=spans[source]) for layers in windows]
 
     into_last = [*blocked("image", "last"), *blocked("question", "last")]

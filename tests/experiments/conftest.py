@@ -29,3 +29,11 @@ def shown():
 def checked(monkeypatch):
     """Signatures checked all the same."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def unchecked_throughout():
+    """Signatures are not checked in a module whose tests make thousands of small forwards; other tests check them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield

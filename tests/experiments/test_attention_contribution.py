@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -25,20 +24,9 @@ from tests import llava_processors
 from tests.experiments import planted_mlp as planted
 from tests.test_plots import check_legible
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 ASKED = {"prompt": "{question}"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """Signatures checked all the same."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

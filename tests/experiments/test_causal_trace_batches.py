@@ -1,6 +1,5 @@
 """Traces of several rows, of several pictures in a row, and of the vision tower."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -11,17 +10,12 @@ from hooked_vlm.edits import Replace
 from hooked_vlm.experiments import causal_trace
 from tests import llava_processors
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 TOWER = "language_model"
 SAMPLES = [toys.sample(11, index, kinds=(kind,)) for index, kind in enumerate(("shape", "color"))]
 PICTURES = [one.image for one in SAMPLES]
 ONE, TWO = (f"USER: {pictures}\nwhat color is the circle ? ASSISTANT:" for pictures in ("<image>", "<image> <image>"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

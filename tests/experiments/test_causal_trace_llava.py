@@ -19,6 +19,8 @@ from hooked_vlm.experiments import causal_trace
 from hooked_vlm.experiments.parts.sites import site_name, window
 from hooked_vlm.metrics import LogitDifference, Probability
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 SAMPLE = toys.demo_sample()
 TOWER, SITES, N_LAYERS = "language_model", ("resid", "attn", "mlp"), 5
 QUESTION = SAMPLE.question.split()
@@ -39,14 +41,6 @@ NULL_CORRUPTIONS = [
 
 def kind(corruption) -> str:
     return type(corruption).__name__
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    """Thousands of forwards: signatures are checked in one test alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import cache
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -20,16 +19,10 @@ from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.experiments.parts.sites import site_name
 from hooked_vlm.metrics import LogitDifference, Probability
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 ALL, IMAGE = -1, -2
 TOYS = {"toy-blip-vqa": "question_encoder", "toy-llava": "language_model"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked():
-    """The checks of signatures would take most of the time of thousands of small forwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -20,23 +19,11 @@ from hooked_vlm.plots.constraint import constraint_trace_figure, window_study_fi
 from tests.experiments import planted_mlp as planted
 from tests.test_plots import check_legible
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 ASKED = {"span": "subject", "by": "star", "prompt": "{question}"}
 """The toys' questions, as they were taught."""
 SITES = ("resid", "attn", "mlp")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked():
-    """Thousands of small forwards, of which the checks of signatures would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """Signatures checked all the same."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The closed-form edit is the ridge regression that it says, changes one weight alone, and writes a fact."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -15,16 +14,11 @@ from hooked_vlm.experiments.edit_mlp import (
     key_of,
 )
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 ASKED = {"prompt": "{question}"}
 TOWERS = {"toy-llava": "language_model", "toy-blip-vqa": "question_encoder"}
 LAYER = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module", params=TOWERS)

@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -22,18 +21,13 @@ from hooked_vlm.experiments.parts.region_measures import enrichment
 from hooked_vlm.statistics import auroc
 from tests.experiments import planted, planted_llava
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 module = importlib.import_module("hooked_vlm.experiments.head_function")  # the package has the function of that name
 
 LD = "logit_difference"
 COLORS = shapes(12, seed=7, kinds=("color",))
 READER, DETECTORS, SUPPRESSOR = "question_encoder", (1, 2), 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,10 @@ from tests.experiments.planted_words import planted_model, planted_sample
 from tests.llava_processors import model as tiny_llava
 from tests.llava_processors import noise
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 COLOR = ("color",)
 """The one kind of question whose answer lies in one object."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    """Signatures are checked in one test alone; the others make hundreds of forwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -19,16 +18,11 @@ from hooked_vlm.experiments.edit_mlp import (
 )
 from tests.experiments import planted_mlp as planted
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 ASKED = {"prompt": "{question}"}
 TOWERS = {"toy-llava": "language_model", "toy-blip-vqa": "question_encoder"}
 LAYER = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _unchecked():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module", params=TOWERS)

@@ -4,7 +4,6 @@ import importlib
 import json
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -20,18 +19,13 @@ from hooked_vlm.experiments.parts.heads import Head
 from hooked_vlm.experiments.parts.roles import by_role
 from tests.experiments import planted, planted_llava
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 module = importlib.import_module("hooked_vlm.experiments.notice")  # the package has the function of that name
 
 LD = "logit_difference"
 SAMPLES = shapes(2, seed=7, kinds=("color",))
 TOWERS = {"toy-blip-vqa": "question_encoder", "toy-llava": "language_model"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

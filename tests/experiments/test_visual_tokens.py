@@ -41,6 +41,8 @@ from tests.experiments import planted_llava as planted
 from tests.experiments.planted_words import planted_model, planted_sample
 from tests.llava_processors import clip_model
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 COLOR = ("color",)
 WRITTEN = Said("{question}", mentions, max_new_tokens=1)
 POLL = Said("is there a {object} ?", says_yes, max_new_tokens=3)
@@ -61,14 +63,6 @@ class Patch:
 class Nobody:
     def __call__(self, model, inputs, answer=None):
         return Span(inputs.positions("image").tower, ((),))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    """Signatures are checked in one test alone; the others make hundreds of forwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -36,17 +35,11 @@ from hooked_vlm.metrics import at
 from tests.llava_processors import model as tiny_llava
 from tests.llava_processors import noise
 
+pytestmark = pytest.mark.usefixtures("unchecked_throughout")
+
 COLOR = ("color",)
 WRITTEN = Said("{question}", mentions, max_new_tokens=1)
 POLL = Said("is there a {object} ?", says_yes, max_new_tokens=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked_throughout():
-    """Signatures are checked in one test alone; the others make hundreds of forwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")
