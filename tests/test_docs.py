@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -36,10 +37,16 @@ def prose(page: Path) -> str:
     return FENCED.sub("", page.read_text(encoding="utf-8"))
 
 
+REPRODUCED = ("constraint_tracing", "information_flow", "notice", "visual_tokens")
+"""Pages of methods whose signatures are checked where ``hooked-vlm reproduce`` runs them: here they are not, to save
+half of the time of these pages."""
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=name_of)
 def test_python_runs_and_prints_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one session. What a ``text`` block after one shows is what it prints."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", page.stem in REPRODUCED)
     session: dict[str, Any] = {"__name__": "__main__"}
     found = [*blocks(page), ("", "")]
     for (language, code), (next_language, shown) in pairwise(found):
