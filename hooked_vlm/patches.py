@@ -359,7 +359,8 @@ class PatchGrid:
         return boxes
 
     @property
-    def _sees(self) -> Bool[np.ndarray, " n"]:
+    def sees(self) -> Bool[np.ndarray, " n"]:
+        """Which places see a part of the picture: no padding, newline or class token."""
         return ~np.isnan(self.boxes[:, 0])
 
     def overlaps(self, region: Region) -> Float[np.ndarray, " n"]:
@@ -369,13 +370,13 @@ class PatchGrid:
             ValueError: a box that is empty or reaches out of the picture; a mask that is empty or of another shape.
         """
         xs, ys, inside = region_cells(region, self.size)
-        boxes = self.boxes[self._sees]
+        boxes = self.boxes[self.sees]
         columns, column = np.unique(boxes[:, [0, 2]], axis=0, return_inverse=True)
         rows, row = np.unique(boxes[:, [1, 3]], axis=0, return_inverse=True)
         covered = shared_lengths(rows, ys) @ inside @ shared_lengths(columns, xs).T
         own = (rows[:, 1] - rows[:, 0])[:, None] * (columns[:, 1] - columns[:, 0])
         shares = np.zeros(len(self.places))
-        shares[self._sees] = np.minimum(covered / own, 1.0)[row.reshape(-1), column.reshape(-1)]
+        shares[self.sees] = np.minimum(covered / own, 1.0)[row.reshape(-1), column.reshape(-1)]
         return shares
 
     def positions_in(self, region: Region, *, min_overlap: float = 0.0) -> tuple[int, ...]:
@@ -405,7 +406,7 @@ class PatchGrid:
             raise ValueError(f"there are {len(values)} values for {len(self.places)} positions")
         painted = np.full(self.size, np.nan)
         # Finer tiles come later, and paint over the whole picture's.
-        for place, sees, box, value in zip(self.places, self._sees, self.boxes, values, strict=True):
+        for place, sees, box, value in zip(self.places, self.sees, self.boxes, values, strict=True):
             if sees and tile in (None, place.tile):
                 left, top, right, bottom = np.ceil(box - 0.5).astype(int)
                 painted[top:bottom, left:right] = value

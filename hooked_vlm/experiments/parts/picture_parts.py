@@ -112,17 +112,12 @@ def _of_pictures(inputs: VLMInputs) -> dict[str, Span]:
         before = tuple(range(min(grid.positions))) if tower == "vision_encoder" else ()
         rows["image"][grid.row] += [*before, *grid.positions]
         rows["image.class"][grid.row] += before
-        for position, place, sees in zip(grid.positions, grid.places, sees_picture(grid), strict=True):
+        for position, place, sees in zip(grid.positions, grid.places, grid.sees, strict=True):
             if sees:
                 rows["image.seen"][grid.row].append(position)
             elif place.tile != NEWLINE:
                 rows["image.class" if place.column < 0 else "image.padding"][grid.row].append(position)
     return {name: _span(tower, own_rows) for name, own_rows in rows.items()}
-
-
-def sees_picture(grid: PatchGrid) -> Bool[np.ndarray, " n"]:
-    """Which places see a part of the picture: no padding, newline or class token."""
-    return ~np.isnan(grid.boxes).any(1)
 
 
 def _rest(inputs: VLMInputs) -> Span:

@@ -78,6 +78,14 @@ def test_an_answer_that_the_model_does_not_know(toys, facts):
         assert error.value.kind == "an answer that the model does not know"
 
 
+def test_an_answer_that_begins_with_a_spaces_own_token_is_said_to():
+    """As LLaMA writes numbers: the token would be that of any of them."""
+    model = llava_processors.model("pieces", chat=llava_processors.CHAT)
+    with pytest.raises(SampleError, match="'blue' begins with a space's own token") as error:
+        first_tokens(model, "blue")
+    assert error.value.kind == "an answer that begins with a space's own token"
+
+
 @pytest.mark.parametrize("kind", sorted(llava_processors.TOKENIZERS))
 def test_first_tokens_are_words_beginnings_and_never_a_space(kind):
     tokenizer = llava_processors.tokenizer(kind)
