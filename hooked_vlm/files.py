@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -23,7 +23,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             _make_readable(temporary)
+            _flush(temporary)
             os.replace(temporary, path)
+            _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -80,6 +82,17 @@ def _present(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 path.rmdir()
         raise
+
+
+def _flush(path: Path) -> None:
+    """Through to the disk: a machine that dies must not leave a file of the right name and length, and empty."""
+    # Not every system, nor every file system, opens or flushes a folder.
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _make_readable(path: Path) -> None:

@@ -28,6 +28,7 @@ from hooked_vlm.experiments.parts.components import (
 from hooked_vlm.experiments.parts.controls import random_control
 from hooked_vlm.experiments.parts.dataset_means import By, Means, dataset_means, samples_of
 from hooked_vlm.experiments.parts.fillings import Donors, Filling, OfMeans, OfNoise, OfSamples, Zeros
+from hooked_vlm.experiments.parts.loop import current_loop
 from hooked_vlm.experiments.parts.over_samples import over_samples
 from hooked_vlm.experiments.parts.roles import Roles
 from hooked_vlm.experiments.parts.scores import DEFAULT_METRICS, metrics_of
@@ -185,9 +186,14 @@ def _of_means(
 ) -> OfMeans:
     if isinstance(reference, Means):
         return OfMeans(reference)
+    means = current_loop().once(
+        "means",
+        lambda: dataset_means(model, samples if reference is None else reference, list(sites), **options),
+        Means.save,
+        lambda path: Means.load(path, model.device),
+    )
     if reference is not None:
-        return OfMeans(dataset_means(model, reference, list(sites), **options))
-    means = dataset_means(model, samples, list(sites), **options)
+        return OfMeans(means)
     if means.attributes["samples_used"] == 1:
         raise ValueError("the mean over one sample is what it has: give other samples, as reference=")
     return OfMeans(means, at_least=2)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.experiments.causal_trace import causal_trace
 from hooked_vlm.experiments.parts.cases import CorruptionOf
-from hooked_vlm.experiments.parts.over_samples import combine
+from hooked_vlm.experiments.parts.found import combine
 from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.statistics import rank_correlation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from hooked_vlm.experiments.parts.identification import (
     evaluations,
     object_name,
 )
+from hooked_vlm.experiments.parts.loop import current_loop
 from hooked_vlm.experiments.parts.over_samples import over_samples
 from hooked_vlm.experiments.parts.token_choice import (
     GradientTokens,
@@ -37,6 +39,7 @@ from hooked_vlm.experiments.parts.token_choice import (
     with_picture,
 )
 from hooked_vlm.experiments.parts.visual_gradients import visual_site
+from hooked_vlm.files import whole_file
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.models import HookedVLM
 
@@ -183,7 +186,9 @@ def _filling(
     if replace_by == "zero":
         return lambda sample: lambda inputs, image, span: Zero(site, positions=span)
     if replace_by == "mean":
-        vector = mean_visual_embedding(model, samples) if mean is None else mean.to(model.device)
+        if mean is None:
+            mean = current_loop().once("mean", lambda: mean_visual_embedding(model, samples), _save, _load)
+        vector = mean.to(model.device)
         return lambda sample: lambda inputs, image, span: Mean(site, vector, positions=span)
     if replace_by != "resample":
         raise ValueError(f"tokens are replaced by 'mean', 'zero' or 'resample', not {replace_by!r}")
@@ -191,6 +196,19 @@ def _filling(
     if len(listed) < 2:
         raise ValueError("to resample takes another sample, whose picture gives its tokens")
     return lambda sample: _from_another(model, site, listed, sample, seed)
+
+
+def _save(mean: Float[Tensor, " d_model"], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        save_file({"mean": mean.contiguous()}, temporary)
+
+
+def _load(path: Path) -> Float[Tensor, " d_model"]:
+    from safetensors.torch import load_file
+
+    return load_file(path)["mean"]
 
 
 def _from_another(model: HookedVLM, site: str, samples: Sequence[Sample], sample: Sample, seed: int) -> _Fill:

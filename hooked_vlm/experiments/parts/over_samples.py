@@ -7,18 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from hooked_vlm.data.samples import Dropped, Sample, SampleError, Samples
+from hooked_vlm.data.samples import Dropped, Sample, Samples
+from hooked_vlm.experiments.parts.found import Found, combine
+from hooked_vlm.experiments.parts.loop import Failed, current_loop
 from hooked_vlm.models import HookedVLM
-from hooked_vlm.progress import track
 from hooked_vlm.results import provenance
 
 if TYPE_CHECKING:
     import xarray as xr
 
-_MISSING: dict[str, Any] = {"b": False, "i": -1, "U": "", "O": "", "f": np.nan}
-"""What stands where a sample has no such cell, by the kind of a variable's numbers."""
+
+class NoneUsedError(ValueError):
+    """Of many samples, a method could use none."""
+
+    def __init__(self, message: str, outcomes: Sequence[Dropped]) -> None:
+        super().__init__(message)
+        self.outcomes = tuple(outcomes)
 
 
 def over_samples(
@@ -43,7 +47,7 @@ def over_samples(
         ValueError: no samples, or none that can be used.
     """
     if isinstance(samples, Sample):
-        return combine([labelled(samples, one(samples))]).assign_attrs(
+        return combine([Found.of(one(samples)).labelled(samples)]).assign_attrs(
             provenance(model, method, **parameters, **_account(samples=1, dropped=[]))
         )
     listed = samples if isinstance(samples, Samples) else Samples(samples)
@@ -52,79 +56,22 @@ def over_samples(
     repeated = [name for name, count in Counter(sample.id for sample in listed).items() if count > 1]
     if repeated:
         raise ValueError(f"samples need ids of their own, by which they are reported; given twice: {repeated[:5]}")
-    found, dropped = [], []
-    for sample in track(listed.samples, method, shown=progress):
-        try:
-            found.append(labelled(sample, one(sample)))
-        except SampleError as error:
-            dropped.append(Dropped.of(sample.id, error))
+    outcomes = current_loop().outcomes(method, listed.samples, lambda sample: Found.of(one(sample)), progress=progress)
+    found = [one for one in outcomes if isinstance(one, Found)]
+    dropped = [one for one in outcomes if isinstance(one, Dropped)]
     if not found:
-        raise ValueError(f"{method} can use none of {len(listed)} samples; the first: {dropped[0].reason}")
+        raise NoneUsedError(f"{method} can use none of {len(listed)} samples; the first: {dropped[0].reason}", dropped)
     return combine(found).assign_attrs(
         provenance(model, method, **parameters, **_account(len(found), [*listed.dropped, *dropped]))
     )
 
 
-def labelled(sample: Sample, result: xr.Dataset) -> xr.Dataset:
-    """A result of one sample, with its name, question, group and answer."""
-    facts = {"question": sample.question, "group": sample.group or "", "gold": sample.answer or ""}
-    coords: dict[str, Any] = {name: ("sample", np.array([text], dtype=str)) for name, text in facts.items()}
-    return result.assign_coords(sample=[sample.id], **coords)
-
-
-def combine(results: Sequence[xr.Dataset], along: str = "sample") -> xr.Dataset:
-    """Results along one dimension; cells that one of them does not have are NaN, -1, False or empty."""
-    import xarray as xr
-
-    indexes: dict[str, np.ndarray] = {}
-    for result in results:
-        for dim, index in result.indexes.items():
-            if dim != along:
-                indexes[str(dim)] = _union(indexes.get(str(dim)), index.to_numpy())
-    filled = []
-    for result in results:
-        missing = {name: _missing(result[name]) for name in (*result.data_vars, *result.coords)}
-        own = {dim: index for dim, index in indexes.items() if dim in result.dims}
-        filled.append(result.reindex(own, fill_value=missing))
-    together = [_with_all(result, filled) for result in filled]
-    combined = xr.concat(
-        together, along, data_vars="minimal", coords="minimal", compat="override", join="exact", combine_attrs="drop"
-    )
-    if "noise_floor" in combined:
-        floors = [result.noise_floor for result in results]
-        combined["noise_floor"] = xr.concat(floors, along, coords="minimal", compat="override").max(along)
-    return combined
-
-
-def _with_all(result: xr.Dataset, others: Sequence[xr.Dataset]) -> xr.Dataset:
-    """A result with every variable that another one has: missing throughout, but for labels."""
-    for other in others:
-        for name, values in other.variables.items():
-            if name not in result.variables:
-                # Labels are the same for all.
-                own = values if name in values.dims else values.copy(data=np.full_like(values, _missing(values)))
-                result = result.assign_coords({name: own}) if name in other.coords else result.assign({name: own})
-    return result
-
-
-def _missing(values: xr.DataArray | xr.Variable) -> Any:
-    return _MISSING[values.dtype.kind]
-
-
-def _union(known: np.ndarray | None, new: np.ndarray) -> np.ndarray:
-    """Labels of both: numbers in ascending order with negative ones last, anything else in order of appearance."""
-    if known is None or np.array_equal(known, new):
-        return new
-    labels = np.array(list(dict.fromkeys([*known.tolist(), *new.tolist()])))
-    if labels.dtype.kind in "if":
-        labels = np.sort(labels)
-        labels = np.concatenate([labels[labels >= 0], labels[labels < 0]])
-    return labels
-
-
 def _account(samples: int, dropped: Sequence[Dropped]) -> dict[str, Any]:
-    return {
-        "samples_used": samples,
-        "samples_dropped": len(dropped),
-        "dropped": json.dumps([[one.id, one.kind, one.reason] for one in dropped]),
-    }
+    failed = [one for one in dropped if isinstance(one, Failed)]
+    left_out = [one for one in dropped if not isinstance(one, Failed)]
+    facts = {"samples_used": samples, "samples_dropped": len(left_out), "dropped": _listed(left_out)}
+    return {**facts, "samples_failed": len(failed), "failed": _listed(failed)} if failed else facts
+
+
+def _listed(left_out: Sequence[Dropped]) -> str:
+    return json.dumps([[one.id, one.kind, one.reason] for one in left_out])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hooked_vlm import HookedVLM, results
 from hooked_vlm.data import Dropped, Sample, SampleError, Samples
-from hooked_vlm.experiments.parts.over_samples import combine, over_samples
+from hooked_vlm.experiments.parts.found import combine
+from hooked_vlm.experiments.parts.over_samples import over_samples
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hooked_vlm import HookedVLM, results
 from hooked_vlm.data import Sample, shapes, span_of
 from hooked_vlm.experiments.parts.cases import prepared
-from hooked_vlm.experiments.parts.over_samples import combine
+from hooked_vlm.experiments.parts.found import combine
 from hooked_vlm.experiments.parts.roles import by_role, token_roles, with_roles
 
 QUESTION = "is the red circle one of the red things ?"
