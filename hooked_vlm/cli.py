@@ -8,6 +8,7 @@ from hooked_vlm.commands.answer import answer
 from hooked_vlm.commands.common import fail_clearly
 from hooked_vlm.commands.hooks import hooks, models
 from hooked_vlm.commands.reproduce import reproduce
+from hooked_vlm.commands.run import run
 from hooked_vlm.commands.trace import trace
 from hooked_vlm.commands.verify import verify
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for command in (trace, reproduce, answer, models, hooks, verify):
+for command in (trace, run, reproduce, answer, models, hooks, verify):
     app.command()(fail_clearly(command))
 
 

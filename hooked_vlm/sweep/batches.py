@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ SHARE = 0.4
 
 MOST_TOKENS = {"cpu": 6144, "cuda": 131072}
 """More tokens at once make nothing faster: the products are large enough, and what they read leaves the caches."""
+
+
+_BUDGET: ContextVar[int | None] = ContextVar("budget", default=None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Batcher:
 
     def _limit(self) -> int:
         device = self.trail.logits.device
-        return min(int(SHARE * free_memory(device)) // self._bytes_a_token, MOST_TOKENS.get(device.type, 16384))
+        memory = _BUDGET.get() or chunk_memory(device)
+        return min(memory // self._bytes_a_token, MOST_TOKENS.get(device.type, 16384))
 
     @property
     def _bytes_a_token(self) -> int:
@@ -101,6 +107,21 @@ class Batcher:
             scores = 3 * config.n_heads * max(trail.n_positions, trail.n_other)
             most = max(most, inside + scores)
         return most * self.trail.logits.element_size()
+
+
+def chunk_memory(device: torch.device) -> int:
+    """Bytes that a chunk may take on a device, as things stand there."""
+    return int(SHARE * free_memory(device))
+
+
+@contextmanager
+def memory_budget(n_bytes: int) -> Iterator[None]:
+    """Sweeps in this block take chunks of so many bytes, whatever is free: the same chunks give the same numbers."""
+    token = _BUDGET.set(n_bytes)
+    try:
+        yield
+    finally:
+        _BUDGET.reset(token)
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,0 +1,1 @@
+"""A run whose samples are shared out over the machines of a Ray cluster."""
