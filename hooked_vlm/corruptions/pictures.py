@@ -83,7 +83,7 @@ class RegionMask(DrawnOnce):
             raise ValueError(f"a mask grows by 0 pixels or more, not {self.grow}")
         pixels = pixels_of(clean).clone()
         for part in parts(clean, self.region, self.image):
-            mask = _grown(part.pixels(self.min_overlap), self.grow).to(pixels.device)
+            mask = _grown(part.pixels(self.min_overlap), part.grid, self.grow).to(pixels.device)
             if not bool(mask.any()):
                 raise ValueError(f"{part.name}: no pixel that the model sees shows the region")
             tiles = tiles_of(pixels, part.grid)
@@ -178,8 +178,25 @@ def _shown(grid: PatchGrid) -> Bool[Tensor, "tile height width"]:
     return mask
 
 
-def _grown(mask: Bool[Tensor, "tile height width"], by: int) -> Bool[Tensor, "tile height width"]:
-    return F.max_pool2d(mask.float()[:, None], 2 * by + 1, stride=1, padding=by)[:, 0] > 0
+def _grown(mask: Bool[Tensor, "tile height width"], grid: PatchGrid, by: int) -> Bool[Tensor, "tile height width"]:
+    height, width = mask.shape[1:]
+    grown = torch.zeros_like(mask)
+    # Tiles of one scale lie side by side: what is beyond the edge of one is in another.
+    for scale in {tuple(axis.scale for axis in view) for view in grid.views}:
+        own = [tile for tile, view in enumerate(grid.views) if tuple(axis.scale for axis in view) == scale]
+        first = [min(grid.views[tile][axis].offset for tile in own) for axis in (0, 1)]
+        corners = {
+            tile: [round((grid.views[tile][axis].offset - first[axis]) / scale[axis]) for axis in (0, 1)]
+            for tile in own
+        }
+        down, across = (max(corner[axis] for corner in corners.values()) for axis in (0, 1))
+        whole = torch.zeros(1, 1, down + height, across + width)
+        for tile, (top, left) in corners.items():
+            whole[0, 0, top : top + height, left : left + width] = mask[tile]
+        whole = F.max_pool2d(whole, 2 * by + 1, stride=1, padding=by)
+        for tile, (top, left) in corners.items():
+            grown[tile] = whole[0, 0, top : top + height, left : left + width] > 0
+    return grown
 
 
 def _blurred(pixels: Float[Tensor, "*pictures height width"], view: Frame | None, radius: float) -> Tensor:

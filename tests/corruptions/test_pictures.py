@@ -148,6 +148,17 @@ def test_a_masked_region_leaves_nothing_of_itself(name: str, data: st.DataObject
             corrupted(name, mask, inputs)
 
 
+def test_a_mask_grows_from_one_tile_into_the_next() -> None:
+    """LLaVA-NeXT: the region ends in the last row of one tile, and the next tile's first row is interpolated from it."""
+    one = picture(*SIZES[0])
+    other = one.copy()
+    other[0:57, 0:1] = 255
+    first, second = (prepared("LLaVA-NeXT", [image]) for image in (one, other))
+    assert differs(pixels(first), pixels(second)).reshape(5, -1).any(1).tolist() == [True, True, False, True, False]
+    mask = RegionMask((0, 0, 1, 57), "zero", grow=1)
+    assert torch.equal(corrupted("LLaVA-NeXT", mask, first), corrupted("LLaVA-NeXT", mask, second))
+
+
 def test_without_growing_a_pixel_beside_a_region_still_has_some_of_it() -> None:
     one = picture(*SIZES[0])
     other = one.copy()
