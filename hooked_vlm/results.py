@@ -3,6 +3,7 @@ makes a table of one."""
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 from pathlib import Path
@@ -52,9 +53,20 @@ def _json(value: Any) -> str:
 
 
 def save(result: xr.Dataset, path: str | Path) -> None:
-    """Write a result to a netCDF file."""
+    """Write a result to a netCDF file.
+
+    Raises:
+        OSError: it cannot be written; a full disk, say.
+    """
+    import h5netcdf
+    from xarray.backends import H5NetCDFStore
+
+    # In memory first: where a disk is full, HDF5 ends the process.
+    buffer = io.BytesIO()
+    with h5netcdf.File(buffer, "w") as file:
+        result.dump_to_store(H5NetCDFStore(file))
     with whole_file(path) as temporary:
-        result.to_netcdf(temporary, engine=ENGINE)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path: str | Path) -> xr.Dataset:

@@ -77,7 +77,7 @@ def test_lines_are_means_with_their_intervals(quantity):
     for name, line, band in zip(NAMES[2:5], lines.values(), bands, strict=True):
         values = result.relative if quantity == "relative" else result.change.sel(metric="logit_difference")
         interval = bootstrap(values.sel(edge=name).values)
-        assert np.allclose(line, interval.mean)
+        assert np.allclose(line, interval.estimate)
         vertices = band.get_paths()[0].vertices
         for layer in range(5):
             own = vertices[vertices[:, 0] == layer, 1]
@@ -189,7 +189,7 @@ def test_bars_are_means_with_their_intervals(quantity, ways):
     for way, container in zip(ways, bars, strict=True):
         values = 100 * result[quantity].sel(evaluation=way, condition=list(names)).values
         interval = bootstrap(values)
-        assert np.allclose([bar.get_width() for bar in container.patches], interval.mean)
+        assert np.allclose([bar.get_width() for bar in container.patches], interval.estimate)
         segments = container.errorbar.lines[2][0].get_segments()
         assert np.allclose([segment[0, 0] for segment in segments], interval.low)
         assert np.allclose([segment[1, 0] for segment in segments], interval.high)

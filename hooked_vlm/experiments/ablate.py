@@ -155,6 +155,8 @@ def ablation_sweep(
     unknown = [name for name in nodes if name not in every]
     if unknown or not nodes or isinstance(nodes, str):
         raise ValueError(f"nodes are a list of {', '.join(every)}; not {unknown or nodes!r}")
+    if options.get("controls"):
+        raise ValueError("a sweep over single nodes has no random controls: every node is there; see ablate for sets")
     names = [name for kind in nodes for name in every[kind](model, towers)]
     found = ablate(model, samples, {name: [name] for name in names}, how, **options)
     found.attrs = {**found.attrs, "method": "ablation_sweep"}

@@ -7,7 +7,6 @@ told by the rank correlation of cells, with an interval over samples.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from hooked_vlm.experiments.parts.found import combine
 from hooked_vlm.experiments.parts.roles import by_role
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.statistics import rank_correlation
+from hooked_vlm.statistics.intervals import draws, percentiles, weighted_mean
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -166,18 +166,14 @@ def _correlations(
     cells: Float[np.ndarray, "run sample cell"], resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, "run run"], Float[np.ndarray, "run run"], Float[np.ndarray, "run run"]]:
     """Rank correlations of the cells' means over samples, and the ends of their bootstrap intervals."""
-    random = np.random.default_rng(seed)
     n_runs, n_samples = cells.shape[:2]
-    drawn = (random.integers(n_samples, size=n_samples) for _ in range(resamples))
-    draws: list[Any] = [np.arange(n_samples), *drawn]
-    found = np.ones((len(draws), n_runs, n_runs))
-    for draw, chosen in enumerate(draws):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # cells that none of the drawn samples has
-            means = np.nanmean(cells[:, chosen], axis=1)
+    drawn = draws(n_samples, resamples, seed) if resamples else np.empty((0, n_samples))
+    found = np.ones((1 + resamples, n_runs, n_runs))
+    for draw, counts in enumerate([np.ones(n_samples), *drawn]):
+        means = [weighted_mean(own, counts) for own in cells]
         for one, other in combinations(range(n_runs), 2):
             both = ~np.isnan(means[one]) & ~np.isnan(means[other])
             correlation = rank_correlation(means[one][both], means[other][both])
             found[draw, one, other] = found[draw, other, one] = correlation
-    low, high = np.nanquantile(found[1:], [0.025, 0.975], axis=0) if resamples else (found[0], found[0])
+    low, high = percentiles(found[1:], 0.95) if resamples else (found[0], found[0])
     return found[0], low, high

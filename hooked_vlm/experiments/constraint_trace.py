@@ -163,11 +163,11 @@ def peak_by_layer(
     peaks = values.max("position").transpose("sample", "window", "tower", "site", "layer")
     groups = list(dict.fromkeys(result.group.values.tolist()))
     members = [result.group.values == group for group in groups]
-    means = [bootstrap(peaks.values[own], level=level, resamples=resamples, seed=seed) for own in members]
+    means = np.stack([bootstrap(peaks.values[own], level=level, resamples=resamples, seed=seed) for own in members], 1)
     dims = ("group", *peaks.dims[1:])
     return xr.Dataset(
         {
-            **{name: (dims, np.stack([getattr(one, name) for one in means])) for name in ("mean", "low", "high")},
+            **{name: (dims, found) for name, found in zip(("mean", "low", "high"), means, strict=True)},
             "n": ("group", [int(own.sum()) for own in members]),
         },
         {"group": groups, **{name: peaks[name] for name in peaks.dims[1:]}},

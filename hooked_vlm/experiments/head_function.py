@@ -158,7 +158,7 @@ def head_summary(
     dims = ("quantity", "head")
     summary = xr.Dataset(
         {
-            **{name: (dims, getattr(interval, name)) for name in interval._fields},
+            **{name: (dims, found) for name, found in zip(("mean", "low", "high"), interval, strict=True)},
             "n": (dims, (~np.isnan(values)).sum(0)),
         },
         {"quantity": quantities, **{name: result[name] for name in ("head", "tower", "attention_kind", *_PLACE)}},

@@ -124,7 +124,7 @@ def _lines_figure(
         axes.fill_between(places, interval.low, interval.high, color=color, alpha=0.18, linewidth=0, zorder=2)
         axes.plot(
             places,
-            interval.mean,
+            interval.estimate,
             color=color,
             linestyle=style,
             linewidth=1.1 + 1.2 * thick,

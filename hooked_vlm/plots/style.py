@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,11 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     """Write ``path`` with the endings ``.png`` (200 dots an inch) and ``.pdf``; returns both paths."""
     written = []
     for ending in (".png", ".pdf"):
-        target = Path(path).with_suffix(ending)
+        target, buffer = Path(path).with_suffix(ending), BytesIO()
+        # In memory first: where a disk is full, the writer of PDFs says something else.
+        figure.savefig(buffer, format=ending[1:], dpi=200)
         with whole_file(target) as temporary:
-            figure.savefig(temporary, dpi=200)
+            temporary.write_bytes(buffer.getbuffer())
         written.append(target)
     return written
 

@@ -60,10 +60,10 @@ def visual_tokens_figure(
     for number, way in enumerate(ways):
         values = 100 * shown[quantity].sel(evaluation=way).transpose("sample", "condition").values
         interval = bootstrap(values, level=level)
-        errors = [interval.mean - interval.low, interval.high - interval.mean]
+        errors = [interval.estimate - interval.low, interval.high - interval.estimate]
         axes.barh(
             places + (number - (len(ways) - 1) / 2) * bar,
-            interval.mean,
+            interval.estimate,
             0.94 * bar,
             xerr=errors,
             color=LINE_COLORS[number % len(LINE_COLORS)],

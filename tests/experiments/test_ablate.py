@@ -304,5 +304,7 @@ def test_kinds_of_nodes_that_there_are_not(llava):
     for nodes_, message in ((["layers"], "heads, mlps; not"), ([], "heads, mlps; not"), ("heads", "heads, mlps; not")):
         with pytest.raises(ValueError, match=message):
             ablation_sweep(llava, SAMPLE, nodes=nodes_)
+    with pytest.raises(ValueError, match="no random controls"):
+        ablation_sweep(llava, SAMPLE, controls=1)
     with pytest.raises(ValueError, match="no tower 'vision'"):
         ablation_sweep(llava, SAMPLE, towers=["vision"])

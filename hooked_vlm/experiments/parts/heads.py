@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hooked_vlm.data.samples import Sample, SampleError
 from hooked_vlm.inputs import Span, SpanError, VLMInputs
 from hooked_vlm.models import HookedVLM
-from hooked_vlm.statistics import rank_correlation
+from hooked_vlm.statistics import rank_correlation, split_half
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -222,21 +222,15 @@ def split_half_agreement(
     """
     import xarray as xr
 
-    n = result.sizes["sample"]
-    if n < 2:
-        raise ValueError(f"{n} sample has no halves")
-    random = np.random.default_rng(seed)
-    agreements, chosen = [], []
-    for _ in range(splits):
-        order = random.permutation(n)
-        halves = [
-            select_heads(result.isel(sample=half), k, metric=metric, quantity=quantity, allow_empty=True)
-            for half in (order[: n // 2], order[n // 2 :])
-        ]
-        agreements.append(agreement(*halves))
-        chosen += [half.selected for half in halves]
+    def selected(half: Int[np.ndarray, " n"]) -> xr.Dataset:
+        return select_heads(result.isel(sample=half), k, metric=metric, quantity=quantity, allow_empty=True)
+
+    selections = split_half(
+        result.sizes["sample"], lambda *halves: [selected(half) for half in halves], splits=splits, seed=seed
+    )
+    agreements = [agreement(*halves) for halves in selections]
     found = {name: ("split", [getattr(one, name) for one in agreements]) for name in Agreement._fields}
-    frequency = xr.concat(chosen, "half").mean("half")
+    frequency = xr.concat([half.selected for halves in selections for half in halves], "half").mean("half")
     facts = {"splits": splits, "split_seed": seed, "k": float(k), "metric": metric, "quantity": quantity}
     return xr.Dataset({**found, "frequency": frequency}).assign_attrs({**result.attrs, **facts})
 
