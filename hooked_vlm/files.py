@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..*-[a-z0-9_]{8}(\.[^.]*)?")
+"""What :mod:`tempfile` makes of our prefixes and suffixes."""
 
 
 @contextmanager
@@ -53,6 +57,21 @@ def whole_folder(folder: str | Path, *, replacing: Iterable[str] = ()) -> Iterat
                 os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what processes that were killed left of files that they were writing here; none may be at it now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _move_files(source: Path, target: Path, replacing: Iterable[str]) -> None:

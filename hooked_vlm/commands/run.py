@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -12,8 +15,8 @@ from hooked_vlm.commands.common import console
 if TYPE_CHECKING:
     from hooked_vlm.runs import Experiment, Run
 
-INTERRUPTED = 130
-"""The exit code of a run that was stopped by hand, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes of a run that was stopped, by hand and by SIGTERM, as shells have them."""
 
 NOTHING_USED = 1
 """The exit code of a run with a step that could use no sample."""
@@ -33,7 +36,7 @@ def run(
         str | None, typer.Option(help="Address of a Ray cluster that has the workers: auto, local, or ray://...")
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="With --resume: do failed samples again.")
+        bool, typer.Option("--retry-failed", help="With --resume: do failed samples again, and unreadable pictures.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the file, to make one of your own, and end.")] = False,
 ) -> None:
@@ -73,23 +76,42 @@ def carry_out(
     from hooked_vlm.runs import run as carried_out
 
     try:
-        ended = carried_out(
-            experiment,
-            out,
-            limit=limit,
-            resume=resume,
-            workers=workers,
-            ray=ray,
-            retry_failed=retry_failed,
-            progress=True,
-            told=_tell,
-        )
-    except KeyboardInterrupt:
+        with _stopped_by_sigterm():
+            ended = carried_out(
+                experiment,
+                out,
+                limit=limit,
+                resume=resume,
+                workers=workers,
+                ray=ray,
+                retry_failed=retry_failed,
+                progress=True,
+                told=_tell,
+            )
+    except KeyboardInterrupt as stop:
         _tell(f"stopped; what is done is in {out}: go on with --resume")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED) from None
     _report(ended)
     if any(used == 0 for used, _, _ in ended.counts.values()):
         raise typer.Exit(NOTHING_USED)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, with which batch systems end what takes too long."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
+    def stop(*_: object) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(message: str) -> None:

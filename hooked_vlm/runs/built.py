@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from hooked_vlm.data.rows import nearest
+
+Made = TypeVar("Made")
 
 _VARIED = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
@@ -76,17 +78,21 @@ def build(value: Any, where: str) -> Any:
         if "kind" not in value:
             return {name: build(one, f"{where}, {name}") for name, one in value.items()}
         fields, kind = {name: one for name, one in value.items() if name != "kind"}, value["kind"]
-        if kind not in kinds():
+        if not isinstance(kind, str) or kind not in kinds():
             raise ExperimentError(
                 f"{where}: no kind is called {kind!r}; there are {', '.join(kinds())}{nearest(str(kind), kinds())}"
             )
-        try:
-            return kinds()[kind](**checked(kinds()[kind], fields, f"{where}, {kind}"))
-        except ExperimentError:
-            raise
-        except ValueError as error:
-            raise ExperimentError(f"{where}: {error}") from error
+        return made(kinds()[kind], fields, f"{where}, {kind}")
     return [build(one, where) for one in value] if isinstance(value, list) else value
+
+
+def made(what: Callable[..., Made], given: Mapping[str, Any], where: str, **options: Any) -> Made:
+    """What a function makes of what a file gives it; raises as :func:`checked`, which has the options."""
+    arguments = checked(what, given, where, **options)
+    try:
+        return what(**arguments)
+    except ValueError as error:
+        raise ExperimentError(f"{where}: {error}") from error
 
 
 @cache

@@ -8,22 +8,29 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from hooked_vlm.data.pictures import is_address
 from hooked_vlm.data.samples import Sample
-from hooked_vlm.files import whole_file
+from hooked_vlm.files import tidy, whole_file
+from hooked_vlm.patches import Region
 from hooked_vlm.runs.experiment import Experiment
 
 if TYPE_CHECKING:
     from hooked_vlm.models import HookedVLM
 
 FORMAT = 1
-_MAY_CHANGE = ("title", "question", "statistics", "model.device")
-"""What moves no number that is kept."""
+_MAY_CHANGE = ("title", "question", "statistics", "model.device", "samples.shapes", "samples.limit")
+"""What moves no number that is kept; how many samples there are is seen from themselves."""
+
+_OF_MODELS = (".json", ".safetensors", ".bin", ".pth", ".txt", ".model")
 
 
 class ResumeError(ValueError):
@@ -48,7 +55,7 @@ class Identity:
     def of(cls, experiment: Experiment, model: HookedVLM, samples: Sequence[Sample], memory: int) -> Identity:
         import torch
 
-        digests = [digest_of(sample) for sample in samples]
+        digests = [digest_of(sample, experiment.base) for sample in samples]
         facts = {"revision": model.config.revision, "files": _files_of(experiment)}
         return cls(_plain(experiment.tables()), digests, facts, torch.get_num_threads(), memory, now())
 
@@ -59,18 +66,30 @@ class Folder:
 
     path: Path
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process is in such a block, of those that are at the same run."""
+        from filelock import FileLock
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            yield
+
     def check(self, *, resume: bool) -> None:
         """That the folder may be begun in, or gone on with.
 
         Raises:
             ResumeError: it holds a run, and is not to be resumed; or other things.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ResumeError(f"{self.path} is a file; a run has a folder of its own")
         if self.identity() is not None:
             if not resume:
                 raise ResumeError(
                     f"{self.path} holds a run already: go on with it (--resume), or choose another folder"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        # Hidden files are what a process that was killed left before it had begun.
+        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise ResumeError(f"{self.path} is not empty, and holds no run")
 
     def begin(self, identity: Identity, experiment: Experiment, *, resume: bool) -> Identity:
@@ -79,51 +98,61 @@ class Folder:
         Raises:
             ResumeError: as :meth:`check`; or it holds another run: which settings differ.
         """
-        self.check(resume=resume)
-        known = self.identity()
-        if known is None:
-            self._create(identity, experiment)
-            return identity
-        changed = differences(known, identity, experiment)
-        if changed:
-            raise ResumeError(f"{self.path} holds another run, which cannot be resumed: {'; '.join(changed)}")
-        if len(identity.samples) > len(known.samples):
-            known = replace(known, samples=identity.samples)
-            self.write("run.json", {"format": FORMAT, **asdict(known)})
-        return known
+        with self.alone():
+            self.check(resume=resume)
+            known = self.identity()
+            if known is not None:
+                changed = differences(known, identity, experiment)
+                if changed:
+                    told = "; ".join(changed)
+                    raise ResumeError(f"{self.path} holds another run, which cannot be resumed: {told}")
+                # Numbers are as it was begun; titles and the like, and how many samples, as it is gone on with.
+                identity = replace(known, experiment=identity.experiment, samples=identity.samples)
+            facts = asdict(identity)
+            self.write("run.json", {"format": FORMAT, "digest": _digest(facts), **facts})
+            with whole_file(self.path / "experiment.toml") as temporary:
+                temporary.write_text(experiment.text, encoding="utf-8")
+        return identity
 
     def identity(self) -> Identity | None:
         """What the run is of; None where there is none.
 
         Raises:
-            ResumeError: a run of another version of this library.
+            ResumeError: a run of another version of this library; a damaged file.
         """
         path = self.path / "run.json"
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            if facts.pop("format") != FORMAT:
-                raise ResumeError(f"{path} was written by another version of hooked-vlm, and cannot be resumed")
-            return Identity(**facts)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ResumeError(f"{path} is damaged: {error}") from error
-
-    def _create(self, identity: Identity, experiment: Experiment) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path / "experiment.toml") as temporary:
-            temporary.write_text(experiment.text or json.dumps(experiment.tables(), indent=2), encoding="utf-8")
-        self.write("run.json", {"format": FORMAT, **asdict(identity)})
+            facts = dict(self.read("run.json"))
+            version, digest = facts.pop("format"), facts.pop("digest", None)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{path} is damaged ({error}): put back what it was, or choose another folder") from error
+        if version != FORMAT:
+            raise ResumeError(f"{path} was written by another version of hooked-vlm, and cannot be resumed")
+        if digest != _digest(facts):
+            raise ResumeError(f"{path} is not what was written: put back what it was, or choose another folder")
+        return Identity(**facts)
 
     def records(self, step: str) -> Path:
         """Where a step's records are."""
         return self.path / "records" / step
 
-    def add_session(self, model: HookedVLM, workers: int) -> None:
+    def add_session(self, model: HookedVLM, workers: int, told: Callable[[str], None]) -> None:
         """Note that the run is begun, or gone on with, here and now."""
         path = self.path / "environment.json"
-        sessions = self.read("environment.json") if path.is_file() else []
-        self.write("environment.json", [*sessions, session(model, workers)])
+        with self.alone():
+            try:
+                sessions = list(self.read(path.name)) if path.exists() else []
+            except (ValueError, TypeError) as error:
+                told(f"{path} is damaged ({error}): what it said of earlier sessions is lost")
+                sessions = []
+            self.write(path.name, [*sessions, session(model, workers)])
+
+    def tidy(self) -> None:
+        """Remove what processes that were killed left; to be called :meth:`alone`."""
+        for folder in (self.path, *(self.path / name for name in ("results", "tables", "figures", "pictures"))):
+            tidy(folder)
 
     def read(self, name: str) -> Any:
         """One of its JSON files."""
@@ -131,27 +160,20 @@ class Folder:
 
     def write(self, name: str, content: Any) -> None:
         """Write one of its JSON files."""
+        text = json.dumps(content, indent=1, default=str, ensure_ascii=False)
         with whole_file(self.path / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, default=str, ensure_ascii=False), encoding="utf-8")
+            # Half a surrogate pair, which is no letter, as its code: in JSON that is the same.
+            temporary.write_bytes(text.encode(errors="backslashreplace"))
 
     @property
     def bytes_on_disk(self) -> int:
         """Of everything in it."""
-        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        return sum(_size(os.path.join(folder, name)) for folder, _, names in os.walk(self.path) for name in names)
 
 
 def differences(known: Identity, new: Identity, experiment: Experiment) -> list[str]:
     """What keeps a run from being resumed as another one, in words; nothing if it may be."""
-    one, other = (dict(_flat(own.experiment)) for own in (known, new))
-    names = [name for name in dict.fromkeys([*one, *other]) if not name.startswith(_MAY_CHANGE)]
-    nothing = object()
-    told = [
-        f"{name} was {one.get(name, 'not given')!r}, and is {other.get(name, 'not given')!r}"
-        for name in names
-        if one.get(name, nothing) != other.get(name, nothing)
-    ]
-    if known.model != new.model:
-        told += [f"the model's {name} changed" for name in known.model if known.model[name] != new.model.get(name)]
+    told = _changed_settings(known.experiment, new.experiment) or _changed_model(known.model, new.model)
     if told:
         return told
     n_known, n_new = len(known.samples), len(new.samples)
@@ -169,14 +191,58 @@ def differences(known: Identity, new: Identity, experiment: Experiment) -> list[
     return []
 
 
-def digest_of(sample: Sample) -> str:
-    """A sample's facts, in a few letters; of pictures, where they lie."""
+def _changed_settings(known: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    steps = [own["methods"] for own in (known, new)]
+    told = [f"it has the step {name}, which is given no more" for name in steps[0] if name not in steps[1]]
+    told += [f"the step {name} is new" for name in steps[1] if name not in steps[0]]
+    both = [name for name in steps[0] if name in steps[1]]
+    one, other = (
+        dict(_flat({**own, "methods": {name: own["methods"][name] for name in both}})) for own in (known, new)
+    )
+    names = [name for name in dict.fromkeys([*one, *other]) if not _may_change(name)]
+    for name in names:
+        was, now = (repr(own[name]) if name in own else "not given" for own in (one, other))
+        if was != now:
+            told.append(f"{name} was {was}, and is {now}")
+    return told
+
+
+def _may_change(name: str) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in _MAY_CHANGE)
+
+
+def _changed_model(known: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    told = []
+    if known["revision"] != new["revision"]:
+        told.append(f"the model's revision was {known['revision']}, and is {new['revision']}")
+    files = {**known["files"], **new["files"]}
+    changed = [name for name in files if known["files"].get(name) != new["files"].get(name)]
+    return told + [f"the model's file {name} changed" for name in changed]
+
+
+def digest_of(sample: Sample, base: Path = Path()) -> str:
+    """A sample's facts, in a few letters; of pictures, where they lie, which below ``base`` is meant from there."""
     facts = [sample.id, sample.question, sample.answer, sample.foil, sample.question_cf, sample.group]
-    pictures = [str(one) if isinstance(one, (str, Path)) else "" for one in (sample.image, sample.image_cf)]
+    pictures = [_place(one, base) if isinstance(one, (str, Path)) else "" for one in (sample.image, sample.image_cf)]
     spans = {name: list(span) for name, span in sample.spans.items()}
-    regions = {name: list(one) if isinstance(one, tuple) else "mask" for name, one in sample.regions.items()}
+    regions = {name: _described(region) for name, region in sample.regions.items()}
+    # Of what their file says besides, methods read this.
+    facts.append(sample.meta.get("object"))
     text = json.dumps([facts, pictures, spans, regions], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _place(picture: str | Path, base: Path) -> str:
+    if is_address(picture):
+        return str(picture)
+    path, root = os.path.abspath(picture), os.path.join(os.path.abspath(base), "")
+    return path.removeprefix(root)
+
+
+def _described(region: Region) -> list[Any]:
+    """A box, or a mask in a few letters."""
+    values = np.asarray(region)
+    return values.tolist() if values.ndim == 1 else [values.shape, hashlib.sha256(values.tobytes()).hexdigest()]
 
 
 def session(model: HookedVLM, workers: int) -> dict[str, Any]:
@@ -213,24 +279,38 @@ def now() -> str:
 
 
 def _files_of(experiment: Experiment) -> dict[str, str]:
-    """Digests of a local model's files: whole ones of small files, of large ones their size and beginning."""
+    """Digests of a local model's files."""
     from hooked_vlm import toys
     from hooked_vlm.runs.experiment import is_embedded
 
-    name = experiment.model["name"]
-    folder = toys.folder(name) if is_embedded(name) else experiment.base / name
-    paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.is_file() else []
-    whole = 1 << 26
-    return {
-        path.name: f"{path.stat().st_size}-{hashlib.sha256(_beginning(path, whole)).hexdigest()[:16]}"
-        for path in paths
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".pth", ".txt", ".model")
-    }
+    found = {}
+    for option in ("name", "processor", "vision_tower"):
+        name = experiment.model.get(option)
+        if name is not None:
+            folder = toys.folder(name) if is_embedded(name) else experiment.base / name
+            paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.is_file() else []
+            own = {path.name: _file_digest(path) for path in paths if path.is_file() and path.suffix in _OF_MODELS}
+            found |= {name if option == "name" else f"{option}/{name}": digest for name, digest in own.items()}
+    return found
 
 
-def _beginning(path: Path, n_bytes: int) -> bytes:
+def _file_digest(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return file.read(n_bytes)
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()[:16]
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _size(path: str) -> int:
+    # Another process may have removed what it was writing.
+    with suppress(FileNotFoundError):
+        return os.lstat(path).st_size
+    return 0
 
 
 def _flat(tables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from hooked_vlm.experiments.parts.loop import Failed
 from hooked_vlm.files import whole_file
 from hooked_vlm.results import save
 from hooked_vlm.runs.experiment import Statistics, Step
+from hooked_vlm.runs.folder import Folder
 from hooked_vlm.statistics import summarize, write_table
 
 if TYPE_CHECKING:
@@ -60,8 +61,19 @@ class Made:
         }
 
 
-def make_of(folder: Path, step: Step, result: xr.Dataset, statistics: Statistics, seconds: float) -> Made:
-    """A step's files: its result and what is derived of it, the table of its cells, its figures."""
+def make_of(
+    folder: Path,
+    step: Step,
+    result: xr.Dataset,
+    statistics: Statistics,
+    seconds: float,
+    not_read: Sequence[Dropped] = (),
+) -> Made:
+    """A step's files: its result and what is derived of it, the table of its cells, its figures.
+
+    Args:
+        not_read: rows that never became samples, which the result tells of, too.
+    """
     notes: list[str] = []
     results = {step.name: result}
     for name, derive in step.method.derived.items():
@@ -73,16 +85,20 @@ def make_of(folder: Path, step: Step, result: xr.Dataset, statistics: Statistics
         save(own, folder / "results" / f"{name}.nc")
     tables = _tables(folder / "tables", step, result, statistics, notes)
     figures = _figures(folder / "figures", step, results, notes)
-    return Made(step, results, _left_out(result), seconds, tuple(tables), tuple(figures), tuple(notes))
+    unread = set(not_read)
+    left_out = tuple(one for one in _left_out(result) if one not in unread)
+    return Made(step, results, left_out, seconds, tuple(tables), tuple(figures), tuple(notes))
 
 
 def _tables(folder: Path, step: Step, result: xr.Dataset, statistics: Statistics, notes: list[str]) -> list[str]:
     if step.method.quantity is None:
         return []
-    told = result if step.method.cells is None else step.method.cells(result)
-    options = vars(statistics)
-    quantity = step.method.quantity
-    summary = _tried("the table", partial(summarize, told, quantity, **options), notes)
+    quantity, cells, options = step.method.quantity, step.method.cells, vars(statistics)
+
+    def summarized() -> xr.Dataset:
+        return summarize(result if cells is None else cells(result), quantity, against=step.method.null, **options)
+
+    summary = _tried("the table", summarized, notes)
     if summary is None:
         return []
     write_table(summary, folder / f"{step.name}.csv")
@@ -109,8 +125,10 @@ def _tried(what: str, make: Callable[[], Any], notes: list[str]) -> Any:
     """What is made; None, and a note, where a result does not lend itself to it: the run is not lost for that."""
     try:
         return make()
-    except (ValueError, KeyError) as error:
-        notes.append(f"{what} could not be made: {error}")
+    except OSError:
+        raise
+    except Exception as error:  # your own functions raise what they like
+        notes.append(f"{what} could not be made: {type(error).__name__}: {error}")
         return None
 
 
@@ -141,7 +159,9 @@ def reasons(left_out: Sequence[Dropped], outcome: str) -> list[dict[str, Any]]:
     ]
 
 
-def write_samples(folder: Path, samples: Samples, chosen: Samples, steps: Sequence[str], made: Sequence[Made]) -> None:
+def write_samples(
+    folder: Folder, samples: Samples, chosen: Samples, steps: Sequence[str], made: Sequence[Made]
+) -> None:
     """The list of samples and what became of each, and the pictures of the first few."""
     by_step = {own.step.name: {one.id: one for one in own.left_out} for own in made}
     generated = {sample.id: sample.meta.get("generated") for sample in chosen}
@@ -157,11 +177,10 @@ def write_samples(folder: Path, samples: Samples, chosen: Samples, steps: Sequen
         }
         for sample in samples
     ]
-    with whole_file(folder / "samples.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=1, default=str, ensure_ascii=False), encoding="utf-8")
-    (folder / "pictures").mkdir(exist_ok=True)
+    folder.write("samples.json", rows)
+    (folder.path / "pictures").mkdir(exist_ok=True)
     for number, sample in enumerate(samples[:EXAMPLES]):
-        _write_picture(folder / "pictures" / f"{number:06d}.png", sample)
+        _write_picture(folder.path / "pictures" / f"{number:06d}.png", sample)
 
 
 def _outcome(left_out: Dropped | None) -> str:

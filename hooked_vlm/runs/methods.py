@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -28,7 +31,9 @@ class Method:
     """``call(model, samples, ...)``, which goes through its samples by
     :func:`~hooked_vlm.experiments.parts.over_samples.over_samples`."""
     quantity: str | None = None
-    """Of its result, what tables tell: over ``sample`` and cells; 0 where nothing happens."""
+    """Of its result, what tables tell, over ``sample`` and cells."""
+    null: float | None = 0.0
+    """What it is where nothing happens, against which it is tested; None where it is no effect."""
     cells: Derived | None = None
     """What is told of, where that is not the result as it is."""
     derived: Mapping[str, Derived] = field(default_factory=dict)
@@ -68,39 +73,53 @@ def method(name: str) -> Method:
 
 def _of_your_own(name: str) -> Method:
     module, _, function = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # where a run is begun, as `python -m` has it: a console script does not
     try:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ExperimentError(f"the method {name!r} cannot be imported: {error}") from error
+    if not callable(found) and not isinstance(found, Method):
+        raise ExperimentError(f"the method {name!r} is no function, but {found!r}")
     return found if isinstance(found, Method) else Method(found)
 
 
-def _roles(**options: Any) -> Drawn:
-    def drawn(result: xr.Dataset, title: str) -> Figure:
-        from hooked_vlm.plots import role_figure
-
-        return role_figure(result, title=title, **options)
-
-    return drawn
-
-
-def _figure(name: str) -> Drawn:
+def _figure(name: str, **options: Any) -> Drawn:
     """A figure of :mod:`hooked_vlm.plots`, which is imported when it is drawn."""
 
     def drawn(result: xr.Dataset, title: str) -> Figure:
         from hooked_vlm import plots
 
-        return getattr(plots, name)(result, title=title)
+        draw = getattr(plots, name)
+        return draw(result, title=title, **_of_a_metric(draw, result, options))
 
     return drawn
 
 
-def _peaks(result: xr.Dataset) -> xr.Dataset:
-    return experiments.peak_by_layer(result)
+def _derived(function: Callable[..., xr.Dataset], **options: Any) -> Derived:
+    return lambda result: function(result, **_of_a_metric(function, result, options))
 
 
-def _selected(result: xr.Dataset) -> xr.Dataset:
-    return experiments.select_heads(result, allow_empty=True)
+def _of_a_metric(function: Callable[..., Any], result: xr.Dataset, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with a metric that the result has: its first, where it lacks what the function shows by itself."""
+    parameter = inspect.signature(function).parameters.get("metric")
+    if parameter is None or "metric" not in result.dims:
+        return dict(options)
+    wanted, there = options.get("metric", parameter.default), result.metric.values.tolist()
+    return {**options, "metric": wanted if wanted in there else there[0]}
+
+
+def _over_roles(result: xr.Dataset) -> xr.Dataset:
+    """Cells by token role, but for those whose effect is so by construction: they would be the strongest of all."""
+    cells = by_role(result)
+    for flag in ("identity", "no_op"):
+        if flag in cells:
+            cells = cells.assign(effect=cells.effect.where(~cells[flag]))
+    return cells
+
+
+_peaks = _derived(experiments.peak_by_layer)
+_selected = _derived(experiments.select_heads, allow_empty=True)
 
 
 def _takes_samples(arguments: Mapping[str, Any]) -> bool:
@@ -112,10 +131,10 @@ METHODS: dict[str, Method] = {
     "causal_trace": Method(
         experiments.causal_trace,
         quantity="effect",
-        cells=by_role,
-        figures={"": _roles(metric="probability", quantity="effect")},
+        cells=_over_roles,
+        figures={"": _figure("role_figure", metric="probability", quantity="effect")},
     ),
-    "notice": Method(experiments.notice, quantity="effect", cells=by_role, figures={"": _roles()}),
+    "notice": Method(experiments.notice, quantity="effect", cells=_over_roles, figures={"": _figure("role_figure")}),
     "patch_heads": Method(
         experiments.patch_heads,
         quantity="effect",
@@ -125,20 +144,21 @@ METHODS: dict[str, Method] = {
     "constraint_trace": Method(
         experiments.constraint_trace,
         quantity="effect",
-        cells=by_role,
+        cells=_over_roles,
         derived={"peaks": _peaks},
         figures={"": _figure("constraint_trace_figure"), "peaks": _figure("window_study_figure")},
     ),
     "window_study": Method(
         experiments.window_study,
         quantity="effect",
-        cells=by_role,
+        cells=_over_roles,
         derived={"peaks": _peaks},
         figures={"": _figure("constraint_trace_figure"), "peaks": _figure("window_study_figure")},
     ),
     "attention_contribution": Method(
         experiments.attention_contribution,
         quantity="from_source",
+        null=None,
         figures={"": _figure("contribution_figure")},
     ),
     "information_flow": Method(
@@ -149,11 +169,13 @@ METHODS: dict[str, Method] = {
     "answer_by_layer": Method(
         experiments.answer_by_layer,
         quantity="probability",
+        null=None,
         figures={"": _figure("answer_by_layer_figure")},
     ),
     "visual_tokens": Method(
         experiments.visual_tokens,
         quantity="lost",
+        null=None,
         figures={"": _figure("visual_tokens_figure")},
         looks_around=lambda given: given.get("replace_by", "mean") in ("mean", "resample") and "mean" not in given,
     ),
@@ -176,6 +198,5 @@ METHODS: dict[str, Method] = {
         quantity="cut_effect",
         derived={"summary": experiments.head_summary},
         figures={"summary": _figure("head_function_figure")},
-        looks_around=lambda given: given.get("shuffles", 10) > 0,
     ),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ import numpy as np
 from hooked_vlm.data.samples import Dropped
 from hooked_vlm.experiments.parts.found import Found
 from hooked_vlm.experiments.parts.loop import Failed, Outcome
-from hooked_vlm.files import whole_file
+from hooked_vlm.files import remove, whole_file
 
 _SUFFIX = ".record"
 _PER_FOLDER = 1000
+_OURS = re.compile(r"\.?(\d+)(?:-.*)?\.(?:record|lock)")
+"""A record, one that is being written, or a claim."""
 
 
 class DamagedRecordError(ValueError):
@@ -46,7 +49,7 @@ class Records:
 
     def finished(self) -> set[int]:
         """The numbers of the samples that have a record."""
-        return {int(path.stem) for path in self._files() if path.suffix == _SUFFIX and not path.name.startswith(".")}
+        return {number for path, number in self._files() if path.suffix == _SUFFIX and not path.name.startswith(".")}
 
     def read(self, number: int) -> Kept:
         """A sample's record.
@@ -55,7 +58,12 @@ class Records:
             FileNotFoundError: it has none.
             DamagedRecordError: it is not what was written.
         """
-        return decoded(self.path(number).read_bytes(), str(self.path(number)))
+        path = self.path(number)
+        try:
+            data = path.read_bytes()
+        except IsADirectoryError as error:
+            raise DamagedRecordError(f"{path} is a folder") from error
+        return decoded(data, str(path))
 
     def write(self, number: int, kept: bytes) -> None:
         """Keep what came of a sample, as :func:`encoded`."""
@@ -78,32 +86,34 @@ class Records:
         try:
             yield True
         finally:
-            # While it is still ours: whoever opens it later finds the record, and leaves the sample alone.
+            # While it is still ours. Who gets hold of the file that is gone finds the record when it has the claim.
             with suppress(OSError):
                 path.unlink()
             lock.release()
 
     def tidy(self) -> None:
-        """Remove what processes that were killed left of files that they were writing."""
-        for path in list(self._files()):
-            if path.name.startswith("."):
-                number = int(path.name[1:].partition("-")[0])
+        """Remove what processes that were killed left of files that they were writing, and of claims."""
+        for path, number in list(self._files()):
+            if path.suffix != _SUFFIX or path.name.startswith("."):
+                # A claim that is no process's ends with ours.
                 with self.claim(number) as is_ours:
-                    if is_ours:
+                    if is_ours and path.name.startswith("."):
                         path.unlink(missing_ok=True)
 
-    def forget(self, numbers: set[int]) -> None:
+    def forget(self, numbers: Iterable[int]) -> None:
         """Remove records, so that their samples are done again."""
         for number in numbers:
-            self.path(number).unlink(missing_ok=True)
+            remove(self.path(number))
 
-    def _files(self) -> Iterator[Path]:
+    def _files(self) -> Iterator[tuple[Path, int]]:
+        """Ours, and the numbers of their samples."""
         if not self.folder.is_dir():
             return
         for part in sorted(self.folder.iterdir()):
-            if part.name.isdigit():
-                with os.scandir(part) as entries:
-                    yield from (Path(entry.path) for entry in entries)
+            if part.name.isdigit() and part.is_dir():
+                for name in os.listdir(part):
+                    if match := _OURS.fullmatch(name):
+                        yield part / name, int(match[1])
 
 
 def encoded(kept: Kept) -> bytes:
@@ -114,11 +124,13 @@ def encoded(kept: Kept) -> bytes:
     facts: dict[str, Any] = {"seconds": kept.seconds}
     body = b""
     if isinstance(outcome, Found):
-        numbers = {name: _stored(values) for name, (_, values) in outcome.variables.items() if values.dtype.kind != "U"}
-        texts = {name: values.tolist() for name, (_, values) in outcome.variables.items() if values.dtype.kind == "U"}
-        shapes = {name: [dims, list(values.shape)] for name, (dims, values) in outcome.variables.items()}
-        facts |= {"found": shapes, "texts": texts, "coords": sorted(outcome.coords)}
-        body = save(numbers)
+        texts = {name: values for name, (_, values) in outcome.variables.items() if values.dtype.kind == "U"}
+        numbers = {name: values for name, (_, values) in outcome.variables.items() if name not in texts}
+        facts["found"] = {name: [dims, values.shape] for name, (dims, values) in outcome.variables.items()}
+        facts["texts"] = {name: [values.dtype.str, values.tolist()] for name, values in texts.items()}
+        facts["coords"] = sorted(outcome.coords)
+        # The format knows no numbers without an axis.
+        body = save({name: np.ascontiguousarray(values).reshape(-1) for name, values in numbers.items()})
     else:
         facts |= {"id": outcome.id, "kind": outcome.kind, "reason": outcome.reason}
         facts |= {"traceback": outcome.traceback} if isinstance(outcome, Failed) else {}
@@ -140,23 +152,10 @@ def decoded(data: bytes, what: str = "the record") -> Kept:
     line, _, body = rest.partition(b"\n")
     facts: dict[str, Any] = json.loads(line)
     if "found" in facts:
-        numbers = load(body)
-        variables = {
-            name: (tuple(dims), _read(numbers[name] if name in numbers else facts["texts"][name], shape))
-            for name, (dims, shape) in facts["found"].items()
-        }
+        values = load(body) | {name: np.array(texts, dtype) for name, (dtype, texts) in facts["texts"].items()}
+        variables = {name: (tuple(dims), values[name].reshape(shape)) for name, (dims, shape) in facts["found"].items()}
         return Kept(Found(variables, frozenset(facts["coords"])), facts["seconds"])
     if "traceback" in facts:
         failed = Failed(facts["id"], facts["reason"], facts["kind"], facts["traceback"])
         return Kept(failed, facts["seconds"])
     return Kept(Dropped(facts["id"], facts["reason"], facts["kind"]), facts["seconds"])
-
-
-def _stored(values: np.ndarray) -> np.ndarray:
-    # The format knows no numbers without an axis.
-    return np.ascontiguousarray(values).reshape(values.shape or (1,))
-
-
-def _read(values: np.ndarray | list | str, shape: list[int]) -> np.ndarray:
-    whole = values if isinstance(values, np.ndarray) else np.array(values, dtype=str)
-    return whole.reshape(shape)

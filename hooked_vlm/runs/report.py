@@ -6,11 +6,13 @@ import base64
 import inspect
 import io
 import json
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ MOST_SAMPLES, MOST_WITHOUT_PICTURES = 12, 6
 LONGEST_TEXT = 600
 """Letters of an argument or attribute; the rest is in the files."""
 LONGEST_IN_CALL = 60
+TOLD_ELSEWHERE = ("format", "digest", "experiment", "samples")
+"""Of what ``run.json`` says, which is for ``--resume``."""
 LISTED_ELSEWHERE = ("dropped", "failed")
 """Attributes of results that name every sample left out: the page counts them, with examples."""
 
@@ -46,6 +50,7 @@ def write_report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
+@cache
 def _template() -> Any:
     import jinja2
 
@@ -80,7 +85,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "shown": _shown(folder, samples),
         "groups": Counter(one["group"] for one in samples if one["group"]),
         "experiment": _text(folder / "experiment.toml"),
-        "run": _flat({"created": run["created"], "model": run["model"]}) | shared_facts,
+        "run": _flat({key: value for key, value in run.items() if key not in TOLD_ELSEWHERE}) | shared_facts,
         "keeps_correct": run["experiment"].get("keep_correct", False) is not False,
         "statistics": {"level": 0.95, **run["experiment"].get("statistics", {})},
         "sessions": sessions,
@@ -253,11 +258,8 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """``2500000`` as ``2.5 MB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(n_bytes) < 1000:
-            break
-        n_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{number(n_bytes)} {unit}"
+    """``2500000`` as ``2.50 MB``."""
+    if n_bytes < 1000:
+        return f"{n_bytes:.0f} bytes"
+    power = min(4, int(math.log10(n_bytes) // 3))
+    return f"{number(n_bytes / 1000**power)} {'kMGT'[power - 1]}B"

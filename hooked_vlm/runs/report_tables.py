@@ -59,7 +59,12 @@ class StatisticsTable:
     largest: Rows
     """The cells with the largest absolute means."""
     whole: Rows | None
-    """All cells, unless they are too many."""
+    """All cells, where they are more than these, and not too many."""
+
+    @property
+    def n_shown(self) -> int:
+        """How many the largest are."""
+        return sum(map(len, self.largest.groups.values()))
 
 
 def read_table(path: Path) -> StatisticsTable:
@@ -101,7 +106,7 @@ def _table(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Statist
         largest=_rows(
             {kind: own for kind, own in largest.items() if own}, [name for name in shown if name not in KINDS]
         ),
-        whole=_rows({"": rows}, shown) if len(rows) <= LONGEST_TABLE else None,
+        whole=_rows({"": rows}, shown) if sum(map(len, largest.values())) < len(rows) <= LONGEST_TABLE else None,
     )
 
 
@@ -168,7 +173,7 @@ def visible(label: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and all before the point: ``0.0123``, ``−4.56``, ``12,345``, ``1.20e−7``; a dash for NaN."""
+    """Three significant digits, and all before the point: ``0.0123``, ``12,345``, ``−1.20e−7``; a dash for NaN."""
     if math.isnan(value):
         return "–"
     if value == 0:

@@ -16,7 +16,7 @@ from hooked_vlm.data.samples import Dropped, Sample, SampleError, Samples
 from hooked_vlm.experiments.parts.found import Found
 from hooked_vlm.experiments.parts.loop import Outcome, going_through
 from hooked_vlm.experiments.parts.over_samples import NoneUsedError
-from hooked_vlm.runs.experiment import Experiment, Step
+from hooked_vlm.runs.experiment import SELECTION, Experiment, Step
 from hooked_vlm.runs.folder import Folder, Identity
 from hooked_vlm.runs.kept import KeptLoop, NothingLeft
 from hooked_vlm.runs.made import Made, make_of, write_samples
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from hooked_vlm.models import HookedVLM
-
-SELECTION = "keep_correct"
-"""The step in which the model answers the samples, where only those that it answers rightly are used."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def run(
         workers: processes on this machine, each with a model of its own, on a GPU of its own where there are several.
         ray: the address of a Ray cluster (``"auto"``, ``"local"``, ``ray://...``) whose machines share the samples, in
             ``workers`` actors.
-        retry_failed: do samples again that failed; dropped ones stay so.
+        retry_failed: do samples again that failed, and those whose pictures could not be read; other dropped ones stay so.
         progress: show a bar, with the time left.
         told: is called with what should be said to the user.
 
@@ -98,36 +95,36 @@ def run(
     identity = Identity.of(experiment, model, samples, chunk_memory(model.device) // sharing)
     identity = folder.begin(identity, experiment, resume=resume)
     with as_begun(identity), helpers(folder, experiment, workers if ray is None else 1, told):
-        folder.add_session(model, workers)
-        if retry_failed:
-            forget_failed(folder, experiment)
-        with _loops(folder, experiment, ray=ray, workers=workers, progress=progress, told=told) as loop_of:
+        folder.add_session(model, workers, told)
+        options = {"numbers": numbers_of(samples), "retry_failed": retry_failed, "progress": progress, "told": told}
+        with _loops(folder, experiment, ray, workers, options) as loop_of:
             made, chosen = _steps(folder, experiment, model, samples, loop_of, told)
-    write_samples(folder.path, samples, chosen, [step.name for step in experiment.steps], made)
-    summary = _summary(folder, experiment, samples, made, time.perf_counter() - started)
-    folder.write("summary.json", summary)
-    write_report(folder.path)
+    with folder.alone():
+        folder.tidy()
+        write_samples(folder, samples, chosen, [step.name for step in experiment.steps], made)
+        summary = _summary(folder, experiment, samples, made, time.perf_counter() - started)
+        folder.write("summary.json", summary)
+        write_report(folder.path)
     return Run(folder.path, {name: result for own in made for name, result in own.results.items()}, summary)
 
 
 @contextmanager
 def _loops(
-    folder: Folder,
-    experiment: Experiment,
-    *,
-    ray: str | None,
-    workers: int,
-    progress: bool,
-    told: Callable[[str], None],
+    folder: Folder, experiment: Experiment, ray: str | None, workers: int, options: Mapping[str, Any]
 ) -> Iterator[LoopOf]:
     """How each step's samples are gone through: by this process, or by a cluster's."""
     if ray is None:
-        yield lambda step: KeptLoop(folder.records(step), progress=progress, told=told)
+        yield lambda step: KeptLoop(folder.records(step), **options)
         return
     from hooked_vlm.runs.cluster import over_cluster
 
-    with over_cluster(folder, experiment, address=ray, workers=workers, progress=progress, told=told) as loop_of:
+    with over_cluster(folder, experiment, address=ray, workers=workers, **options) as loop_of:
         yield loop_of
+
+
+def numbers_of(samples: Samples) -> dict[str, int]:
+    """What samples are kept under, by their names."""
+    return {sample.id: number for number, sample in enumerate(samples)}
 
 
 def _steps(
@@ -144,15 +141,17 @@ def _steps(
         loop = loop_of(step.name)
         try:
             result = carried_out(step, model, chosen, loop)
-            made.append(make_of(folder.path, step, result, experiment.statistics, loop.seconds))
+            with folder.alone():
+                made.append(make_of(folder.path, step, result, experiment.statistics, loop.seconds, samples.dropped))
         except NoneUsedError as error:
             told(str(error))
-            made.append(Made(step, {}, (*chosen.dropped, *error.outcomes), loop.seconds))
+            left_out = (*chosen.dropped[len(samples.dropped) :], *error.outcomes)
+            made.append(Made(step, {}, left_out, loop.seconds))
         except ValueError as error:
             if len(chosen):
                 raise
             told(str(error))
-            made.append(Made(step, {}, chosen.dropped, loop.seconds))
+            made.append(Made(step, {}, chosen.dropped[len(samples.dropped) :], loop.seconds))
     return made, chosen
 
 
@@ -204,34 +203,22 @@ def as_begun(identity: Identity) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def join(folder: Folder, base: Path, device: str | None = None) -> None:
+def join(
+    folder: Folder, base: Path, device: str | None = None, told: Callable[[str], None] = lambda message: None
+) -> None:
     """Help a run along, until no sample is left that nobody is at."""
     identity = folder.identity()
     assert identity is not None
     experiment = Experiment.of(identity.experiment, base=base)
     samples = experiment.read_samples(len(identity.samples))
     model = experiment.load_model(device)
+    options = {"numbers": numbers_of(samples), "told": told}
     with as_begun(identity):
-        chosen = selected(experiment, model, samples, KeptLoop(folder.records(SELECTION)))
+        chosen = selected(experiment, model, samples, KeptLoop(folder.records(SELECTION), **options))
         for step in experiment.steps:
             try:
-                carried_out(step, model, chosen, KeptLoop(folder.records(step.name), is_helper=True))
+                carried_out(step, model, chosen, KeptLoop(folder.records(step.name), is_helper=True, **options))
             except (NothingLeft, NoneUsedError):
-                continue
-
-
-def forget_failed(folder: Folder, experiment: Experiment) -> None:
-    """Remove the records of samples that failed."""
-    from hooked_vlm.experiments.parts.loop import Failed
-    from hooked_vlm.runs.records import DamagedRecordError, Records
-
-    for name in (SELECTION, *(step.name for step in experiment.steps)):
-        records = Records(folder.records(name))
-        for number in records.finished():
-            try:
-                if isinstance(records.read(number).outcome, Failed):
-                    records.forget({number})
-            except DamagedRecordError:
                 continue
 
 

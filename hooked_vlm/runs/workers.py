@@ -21,14 +21,14 @@ def helpers(folder: Folder, experiment: Experiment, workers: int, told: Callable
     processes = [_started(folder, experiment, device) for device in devices[1:]]
     try:
         yield
+        for process in processes:
+            if process.poll():
+                told(f"a worker ended with exit code {process.returncode}; its samples were done by others")
     finally:
+        # As they may at any moment.
         for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in processes:
-            code = process.wait()
-            if code:
-                told(f"a worker ended with exit code {code}; its samples were done by others")
+            process.kill()
+            process.wait()
 
 
 def _devices(device: str | None, workers: int) -> list[str | None]:
@@ -43,7 +43,8 @@ def _devices(device: str | None, workers: int) -> list[str | None]:
 
 def _started(folder: Folder, experiment: Experiment, device: str | None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "hooked_vlm.runs.workers", str(folder.path), str(experiment.base), device or ""]
-    return subprocess.Popen(command, stdin=subprocess.PIPE)
+    # Ctrl-C in a terminal is for this process alone, which then ends the others.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
     folder, base, device = arguments
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    join(Folder(Path(folder)), Path(base), device or None)
+    join(Folder(Path(folder)), Path(base), device or None, lambda message: print(message, file=sys.stderr))
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hooked_vlm.data.samples import Sample
+from hooked_vlm.data.samples import Sample, SampleError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,18 +28,36 @@ class Found:
 
     @classmethod
     def of(cls, result: xr.Dataset) -> Found:
-        # Text is only as wide as it must be, so that reading it back from a file gives the same array.
-        arrays = {str(name): (tuple(map(str, one.dims)), _plain(one.values)) for name, one in result.variables.items()}
+        """A result's arrays.
+
+        Raises:
+            ValueError: one of another kind than truth values, whole numbers with a sign, numbers and texts.
+        """
+        arrays = {}
+        for name, one in result.variables.items():
+            values = _plain(one.values)
+            if values.dtype.kind not in _MISSING:
+                known = "truth values, whole numbers with a sign, numbers and texts"
+                raise ValueError(f"{name!r} is {values.dtype}; results are {known}")
+            arrays[str(name)] = tuple(map(str, one.dims)), values
         return cls(arrays, frozenset(map(str, result.coords)))
 
     def labelled(self, sample: Sample) -> Found:
-        """With the sample's name, question, group and answer."""
+        """With the sample's name, question, group and answer.
+
+        Raises:
+            SampleError: one of them is a text that no result can be saved with.
+        """
         facts = {
             "sample": sample.id,
             "question": sample.question,
             "group": sample.group or "",
             "gold": sample.answer or "",
         }
+        if any("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text) for text in facts.values()):
+            raise SampleError(
+                f"{sample.id!r}: a NUL, or half a surrogate pair, among its letters", "letters that are none"
+            )
         own = {name: (("sample",), np.array([text], dtype=str)) for name, text in facts.items()}
         return replace(self, variables={**self.variables, **own}, coords=frozenset({*self.coords, *own}))
 
@@ -64,8 +82,9 @@ def combine(results: Sequence[xr.Dataset | Found], along: str = "sample") -> xr.
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for name in dict.fromkeys(name for one in whole.found for name in one.variables):
         dims, values = whole.variable(name)
-        is_ordered = along not in dims or order is None
-        variables[name] = dims, values if is_ordered else values.take(order, axis=dims.index(along))
+        if along in dims and order is not None:
+            values = values.take(order, axis=dims.index(along))
+        variables[name] = dims, values
     coords: frozenset[str] = frozenset().union(*(one.coords for one in found))
     return xr.Dataset(
         {name: own for name, own in variables.items() if name not in coords},
@@ -125,7 +144,7 @@ class _Whole:
         """One variable of all results."""
         own = [one.variables.get(name) for one in self.found]
         dims, first = next(one for one in own if one is not None)
-        if name == dims[0] and len(dims) == 1 and name in self.labels:
+        if dims == (name,) and name in self.labels:
             return dims, self.labels[name]
         dtype = np.result_type(*{one[1].dtype for one in own if one is not None})
         if name == "noise_floor" and self.along not in dims:
@@ -174,6 +193,7 @@ def _sizes(one: Found) -> dict[str, int]:
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
+    # Text is only as wide as it must be.
     return np.array(values.tolist(), dtype=str).reshape(values.shape) if values.dtype.kind in "UO" else values
 
 

@@ -73,9 +73,14 @@ def going_through(loop: Loop) -> Iterator[None]:
 
 
 def outcome(sample: Sample, one: One) -> Outcome:
-    """What comes of a sample; of methods that ``one`` itself calls, samples are gone through plainly."""
+    """What comes of a sample."""
+    try:
+        return found(sample, one)
+    except SampleError as error:
+        return Dropped.of(sample.id, error)
+
+
+def found(sample: Sample, one: One) -> Found:
+    """What is found of a sample; of methods that ``one`` itself calls, samples are gone through plainly."""
     with going_through(_PLAIN):
-        try:
-            return one(sample).labelled(sample)
-        except SampleError as error:
-            return Dropped.of(sample.id, error)
+        return one(sample).labelled(sample)
