@@ -16,9 +16,9 @@ def track(items: Sequence[Item], description: str, *, shown: bool) -> Generator[
         yield from items
         return
     with counted(description, len(items), shown=True) as count:
-        for done, item in enumerate(items):
-            count(done)
+        for done, item in enumerate(items, start=1):
             yield item
+            count(done)
 
 
 @contextmanager

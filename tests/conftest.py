@@ -1,5 +1,6 @@
 """What holds for every test: offline, signatures checked, seeded, and the cores shared fairly."""
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -16,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-import tests.typechecker  # noqa: F401  jaxtyping, which takes it by name, imports no more than `tests`
+import tests.typechecker
 
 # Before the packages are imported: every signature of theirs is checked at each call, the shapes with them.
+jaxtyping.jaxtyped = tests.typechecker.jaxtyped
 jaxtyping.install_import_hook(["hooked_vlm", "weights_conversion"], "tests.typechecker.typechecker")
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+gc.disable()  # until all is imported: what is imported stays, and is much to search for garbage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,12 +45,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, but is not looked for among what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> Iterator[None]:
+    """Nor is it looked for among what a module leaves, its cached models above all."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from the same random numbers, and leaves the settings of torch as it found them."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace for every device that is not there
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     yield
     torch.set_default_dtype(dtype)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from hooked_vlm.files import whole_file, whole_folder
+from hooked_vlm.files import remove, tidy, whole_file, whole_folder
 
 
 class BrokenError(Exception):
@@ -36,6 +36,49 @@ def test_a_file_appears_when_it_is_whole(name: str, tmp_path: Path) -> None:
         temporary.write_text("whole")
     assert (tmp_path / name).read_text() == "whole"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its name after: a machine that dies leaves what was there, or all of the new."""
+    flushed, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        flushed.append((is_folder, os.fstat(descriptor).st_size, (tmp_path / "new").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with whole_file(tmp_path / "new") as temporary:
+        temporary.write_text("whole")
+    assert flushed[0] == (False, 5, False)
+    assert (flushed[1][0], flushed[1][2]) == (True, True)
+
+
+def test_what_a_killed_process_left_goes_and_all_else_stays(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a b.nc") as file, whole_folder(tmp_path / "c.d") as folder, whole_file(tmp_path / "e"):
+        killed = [file, folder, *tmp_path.glob(".e-*")]
+        for name in (".hidden", ".nfs00000000046c0", "mine-abcd1234.nc", ".lock", ".e-short", ".e-abcd1234.nc.part"):
+            (tmp_path / name).touch()
+        (folder / "inner").touch()
+        before = files_below(tmp_path)
+        tidy(tmp_path)
+        assert len(killed) == 3
+        gone = {path.relative_to(tmp_path).as_posix() for path in (*killed, folder / "inner")}
+        assert files_below(tmp_path) == before - gone
+        for path in (folder, folder / "inner", file, *killed[2:]):
+            path.mkdir() if path == folder else path.touch()
+    tidy(tmp_path / "missing")
+
+
+def test_a_file_or_a_folder_is_removed_if_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("link", "file", "missing"):
+        remove(tmp_path / name)
+    assert files_below(tmp_path) == {"folder", "folder/inner"}
+    remove(tmp_path / "folder")
+    assert files_below(tmp_path) == set()
 
 
 @pytest.mark.parametrize("name", ["old", "new", "deep/er/new"])

@@ -149,7 +149,7 @@ def test_a_masked_region_leaves_nothing_of_itself(name: str, data: st.DataObject
 
 
 def test_a_mask_grows_from_one_tile_into_the_next() -> None:
-    """LLaVA-NeXT: the region ends in the last row of one tile, and the next tile's first row is interpolated from it."""
+    """LLaVA-NeXT: a region ends in the last row of one tile; the next one's first row is interpolated from it too."""
     one = picture(*SIZES[0])
     other = one.copy()
     other[0:57, 0:1] = 255

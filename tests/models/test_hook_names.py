@@ -40,12 +40,28 @@ def in_place(activation: Tensor, hook: HookPoint) -> None:
         activation.copy_(replacement(hook.name, tuple(activation.shape)))
 
 
-def run(mode: str, attention: str, name: str, edit: Callable[..., Any] | None = None) -> Tensor:
+def run(mode: str, attention: str, name: str, edit: Callable[..., Any]) -> Tensor:
     """The answer where ``name`` is edited; or beyond a LLaVA's features what comes of them, which is no answer."""
     model, batch = model_and_inputs(mode, attention)
-    edits = [] if edit is None else [(name, edit)]
-    stop_at = LEAF if name in beyond_the_features(mode, model) else None
-    return model.run_with_hooks(batch, fwd_hooks=edits, stop_at=stop_at, **MODES[mode].options)
+    return model.run_with_hooks(batch, fwd_hooks=[(name, edit)], stop_at=end(mode, name), **MODES[mode].options)
+
+
+@cache
+@torch.no_grad()
+def run_returned(mode: str, attention: str, name: str) -> Tensor:
+    """Where the edit is returned; several tests compare with it."""
+    return run(mode, attention, name, returned)
+
+
+@cache
+@torch.no_grad()
+def run_plain(mode: str, attention: str, stop_at: str | None) -> Tensor:
+    model, batch = model_and_inputs(mode, attention)
+    return model.run_with_hooks(batch, stop_at=stop_at, **MODES[mode].options)
+
+
+def end(mode: str, name: str) -> str | None:
+    return LEAF if name in beyond_the_features(mode, model_and_inputs(mode, "sdpa")[0]) else None
 
 
 def is_leaf(mode: str, name: str) -> bool:
@@ -117,8 +133,8 @@ def test_every_edit_is_felt_returned_or_in_place(mode: str, attention: str) -> N
     for name in passed(mode, model):
         if is_leaf(mode, name):
             continue
-        plain = run(mode, attention, name)
-        from_returned, from_in_place = run(mode, attention, name, returned), run(mode, attention, name, in_place)
+        plain = run_plain(mode, attention, end(mode, name))
+        from_returned, from_in_place = run_returned(mode, attention, name), run(mode, attention, name, in_place)
         if not bool(from_returned.isfinite().all()):
             unfinished.append(name)
         if float((from_returned - plain).abs().max()) < 1e-3:
@@ -128,7 +144,7 @@ def test_every_edit_is_felt_returned_or_in_place(mode: str, attention: str) -> N
         scale = max(float(plain.abs().max()), float(from_returned.abs().max()))
         strayed = {"in place": float((from_returned - from_in_place).abs().max()) / scale / 1e-5}
         if attention == "sdpa":
-            from_eager = run(mode, "eager", name, returned)
+            from_eager = run_returned(mode, "eager", name)
             strayed["eager"] = float((from_returned - from_eager).abs().max()) / scale / 5e-5
         if max(strayed.values()) > 1:
             differing[name] = strayed
@@ -148,8 +164,7 @@ def test_every_edit_is_felt_where_gradients_are_wanted(mode: str, attention: str
     model, _ = model_and_inputs(mode, attention)
     wrong = {}
     for name in passed(mode, model):
-        with torch.no_grad():
-            expected = run(mode, attention, name, returned)
+        expected = run_returned(mode, attention, name)
         for edit in (returned, in_place):
             found = run(mode, attention, name, edit).detach()
             strayed = float((found - expected).abs().max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,9 @@ def test_other_words_for_clevr_s_values() -> None:
     assert not thing.has("matte")
 
 
-SHAPE_WORLDS = shape_worlds(400, seed=1)
+@cache
+def many_shapes() -> Worlds:
+    return shape_worlds(400, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ SHAPE_WORLDS = shape_worlds(400, seed=1)
     ],
 )
 def test_sets_are_equal_and_balanced_over_cells(concept: str, inside: set[str], outside: set[str]) -> None:
-    samples = concept_sets(SHAPE_WORLDS, concept, per_cell=4, seed=0)
+    samples = concept_sets(many_shapes(), concept, per_cell=4, seed=0)
     cells = {name: Counter(one.group for one in samples if one.meta["set"] == name) for name in ("B_s", "B_d")}
     assert (set(cells["B_s"]), set(cells["B_d"])) == (inside, outside)
     assert all(len(set(counts.values())) == 1 for counts in cells.values())
@@ -148,7 +151,7 @@ def test_sets_are_equal_and_balanced_over_cells(concept: str, inside: set[str], 
 def test_the_best_single_atom_predicts_what_the_concept_implies() -> None:
     """5/6 for AND and OR, nothing for XOR (methods of the concept probes)."""
     best = {
-        concept: max(single_atom_accuracy(concept_sets(SHAPE_WORLDS, concept, per_cell=3)).values())
+        concept: max(single_atom_accuracy(concept_sets(many_shapes(), concept, per_cell=3)).values())
         for concept in ("red and circle", "red or circle", "(red and not circle) or (circle and not red)", "not red")
     }
     assert list(best.values()) == pytest.approx([5 / 6, 5 / 6, 1 / 2, 1])
@@ -157,8 +160,8 @@ def test_the_best_single_atom_predicts_what_the_concept_implies() -> None:
 
 
 def test_the_partner_is_of_the_other_set_and_differs_in_one_object_alone() -> None:
-    samples = concept_sets(SHAPE_WORLDS, "red and circle", per_cell=6, seed=0)
-    by_id = {one.id: one for one in SHAPE_WORLDS}
+    samples = concept_sets(many_shapes(), "red and circle", per_cell=6, seed=0)
+    by_id = {one.id: one for one in many_shapes()}
     cells = Counter(one.meta["cell_cf"] for one in samples if one.answer == "yes")
     assert set(cells) == {"red, not circle", "not red, circle"}
     for one in samples:
@@ -184,23 +187,23 @@ def _slices(region: tuple) -> tuple[slice, slice]:
 
 def test_sets_are_drawn_from_their_seed() -> None:
     first, again, other = (
-        [one.id for one in concept_sets(SHAPE_WORLDS, "red and circle", per_cell=3, seed=seed)] for seed in (0, 0, 1)
+        [one.id for one in concept_sets(many_shapes(), "red and circle", per_cell=3, seed=seed)] for seed in (0, 0, 1)
     )
     assert first == again != other
 
 
 def test_worlds_with_atoms_on_several_objects_are_dropped() -> None:
-    samples = concept_sets(SHAPE_WORLDS, "red and circle", per_cell=1)
-    unclear = {one.id for one in SHAPE_WORLDS if true_atoms((RED, Atom("circle")), one.things) is None}
+    samples = concept_sets(many_shapes(), "red and circle", per_cell=1)
+    unclear = {one.id for one in many_shapes() if true_atoms((RED, Atom("circle")), one.things) is None}
     assert {one.id for one in samples.dropped} == unclear
-    assert 0 < len(unclear) < len(SHAPE_WORLDS)
-    assert not concept_sets(SHAPE_WORLDS, "red and circle", per_cell=1, level="image").dropped
+    assert 0 < len(unclear) < len(many_shapes())
+    assert not concept_sets(many_shapes(), "red and circle", per_cell=1, level="image").dropped
 
 
 def test_two_values_of_one_attribute_are_never_on_one_object() -> None:
-    samples = concept_sets(SHAPE_WORLDS, "red or blue", per_cell=3)
+    samples = concept_sets(many_shapes(), "red or blue", per_cell=3)
     assert Counter(one.group for one in samples) == {"red, not blue": 3, "not red, blue": 3, "not red, not blue": 6}
-    image = concept_sets(SHAPE_WORLDS, "red or blue", per_cell=3, level="image")
+    image = concept_sets(many_shapes(), "red or blue", per_cell=3, level="image")
     assert Counter(one.group for one in image)["red, blue"] == 3
 
 
@@ -220,7 +223,7 @@ def test_two_values_of_one_attribute_are_never_on_one_object() -> None:
 )
 def test_sets_that_cannot_be_made(concept: str, per_cell: int, said: str) -> None:
     with pytest.raises(ConceptError, match=said):
-        concept_sets(SHAPE_WORLDS, concept, per_cell=per_cell)
+        concept_sets(many_shapes(), concept, per_cell=per_cell)
 
 
 def test_binding_contrast() -> None:
