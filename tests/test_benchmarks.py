@@ -60,6 +60,14 @@ def test_runs_and_prints_its_table(figures: Figures, command: str) -> None:
     assert figures(command)
 
 
+def test_runs_are_kept_and_resumed(figures: Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = figures("runs --size toy --samples 2 --finished 3 --workers 1")
+    assert found["kept"][0]["bytes_a_sample"] > 1000
+    assert [name for name, *_ in found["resumed"]][1] == "until the next sample begins"
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
 def test_loads_what_lies_in_a_folder(figures: Figures, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     SIZES["llava-tiny"].write(tmp_path / "checkpoint")

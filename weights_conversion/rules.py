@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -92,6 +93,7 @@ class Rules:
         return any(pattern.fullmatch(key) for pattern in self._ignored)
 
 
+@cache
 def _compile(pattern: str) -> re.Pattern[str]:
     escaped = re.escape(pattern).replace(re.escape("{l}"), r"(?P<l>\d+)").replace(re.escape("*"), r"(?P<rest>.+)")
     return re.compile(escaped)
