@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-LONGEST_FILES = ("test_docs.py", "test_every_name.py", "test_random_combinations.py", "test_benchmarks.py")
+LONGEST_FILES = ("test_docs.py", "test_cluster.py", "test_interrupted.py", "test_benchmarks.py", "test_papers.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,9 +37,9 @@ def prose(page: Path) -> str:
     return FENCED.sub("", page.read_text(encoding="utf-8"))
 
 
-REPRODUCED = ("constraint_tracing", "information_flow", "notice", "visual_tokens")
-"""Pages of methods whose signatures are checked where ``hooked-vlm reproduce`` runs them: here they are not, to save
-half of the time of these pages."""
+REPRODUCED = ("constraint_tracing", "information_flow", "notice", "running", "visual_tokens")
+"""Pages of methods whose signatures are checked where ``tests/runs`` runs them: here they are not, to save half of the
+time of these pages."""
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=name_of)

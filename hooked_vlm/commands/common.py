@@ -38,7 +38,7 @@ def fail_clearly(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
     """One line on stderr and exit code 2 in place of a traceback, for errors about what the user gave.
 
     These are ``ValueError`` (``HookError``, ``CheckpointError``, ``ImageError``, ``SpanError`` are such) and
-    ``OSError`` (a file that is not there, a full disk).
+    ``OSError`` (a file that is not there, a full disk), and an extra of this library that is not installed.
     """
 
     @functools.wraps(command)
@@ -47,7 +47,9 @@ def fail_clearly(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             return command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of our output has seen enough; click ends the process quietly
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ImportError) and "hooked-vlm[" not in str(error):
+                raise
             line = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"hooked-vlm: {line}", err=True)
             raise typer.Exit(BAD_INPUT) from error

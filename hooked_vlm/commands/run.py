@@ -33,7 +33,8 @@ def run(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes, each with its own model, on its own GPU if there are.")] = 1,
     ray: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster that has the workers: auto, local, or ray://...")
+        str | None,
+        typer.Option(help="Address of a Ray cluster that has the workers: auto, local, HOST:PORT or ray://HOST:PORT."),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: do failed samples again, and unreadable pictures.")

@@ -139,13 +139,13 @@ def _gpus_each(ray: Any, address: str, workers: int) -> float:
 
 
 def _tell_of_room(ray: Any, needs: Mapping[str, float], workers: int, told: Callable[[str], None]) -> None:
-    has = ray.cluster_resources()
+    free = ray.available_resources()
     for name, each in needs.items():
         kind = name.removeprefix("num_").removesuffix("s").upper()
-        if has.get(kind, 0.0) < each * workers:
+        if free.get(kind, 0.0) < each * workers:
             told(
-                f"the cluster has {has.get(kind, 0.0):g} {kind}s, and {workers} workers take {each * workers:g}: some "
-                "will not begin before it has more"
+                f"{kind}s that are free in the cluster: {free.get(kind, 0.0):g}; {workers} workers take "
+                f"{each * workers:g}, and some of them begin only when there are so many"
             )
 
 

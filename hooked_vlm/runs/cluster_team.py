@@ -33,7 +33,7 @@ class Death(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> Death:
-        return cls(" ".join(str(error).split())[:300])
+        return cls(" ".join(str(error).split())[:1000])
 
 
 class Turn(NamedTuple):
@@ -171,9 +171,11 @@ class Shift:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             # A process whose GPU has failed once does nothing more with it.
-            if "CUDA error" not in str(error.cause):
-                raise error.cause from error
-            return Death.of(error.cause)
+            cause = error.cause or error
+            # A process whose GPU has failed once does nothing more with it. Its traceback tells of causes, too.
+            if "CUDA error" not in str(error):
+                raise cause from error
+            return Death.of(cause)
         except self._ray.exceptions.RayError as error:
             return Death.of(error)
 

@@ -283,14 +283,15 @@ def _files_of(experiment: Experiment) -> dict[str, str]:
     from hooked_vlm import toys
     from hooked_vlm.runs.experiment import is_embedded
 
-    found = {}
+    found: dict[str, str] = {}
     for option in ("name", "processor", "vision_tower"):
-        name = experiment.model.get(option)
-        if name is not None:
-            folder = toys.folder(name) if is_embedded(name) else experiment.base / name
-            paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.is_file() else []
-            own = {path.name: _file_digest(path) for path in paths if path.is_file() and path.suffix in _OF_MODELS}
-            found |= {name if option == "name" else f"{option}/{name}": digest for name, digest in own.items()}
+        given = experiment.model.get(option)
+        if given is None:
+            continue
+        folder = toys.folder(given) if is_embedded(given) else experiment.base / given
+        paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.is_file() else []
+        prefix = "" if option == "name" else f"{option}/"
+        found |= {f"{prefix}{path.name}": _file_digest(path) for path in paths if path.suffix in _OF_MODELS}
     return found
 
 

@@ -185,6 +185,15 @@ def turn(sample: Sample, one: One) -> Kept:
     return Kept(result, time.perf_counter() - started)
 
 
+def may_be_mended(records: Records) -> bool:
+    """Whether there are samples that another turn may help."""
+    for number in records.finished():
+        with suppress(DamagedRecordError, FileNotFoundError):
+            if _may_be_mended(records.read(number).outcome):
+                return True
+    return False
+
+
 def _may_be_mended(outcome: Outcome) -> bool:
     """Whether another turn may come to something else."""
     return isinstance(outcome, Failed) or (isinstance(outcome, Dropped) and outcome.kind == UNREADABLE)

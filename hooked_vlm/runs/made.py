@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,8 @@ class Made:
     seconds: float
     """What its samples took."""
     tables: tuple[str, ...] = ()
-    figures: tuple[str, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    """By the name of their file: their captions."""
     notes: tuple[str, ...] = field(default=())
     """What could not be made, and why."""
 
@@ -57,6 +58,7 @@ class Made:
             "results": list(self.results),
             "tables": list(self.tables),
             "figures": list(self.figures),
+            "captions": dict(self.figures),
             "notes": list(self.notes),
         }
 
@@ -87,7 +89,7 @@ def make_of(
     figures = _figures(folder / "figures", step, results, notes)
     unread = set(not_read)
     left_out = tuple(one for one in _left_out(result) if one not in unread)
-    return Made(step, results, left_out, seconds, tuple(tables), tuple(figures), tuple(notes))
+    return Made(step, results, left_out, seconds, tuple(tables), figures, tuple(notes))
 
 
 def _tables(folder: Path, step: Step, result: xr.Dataset, statistics: Statistics, notes: list[str]) -> list[str]:
@@ -105,10 +107,10 @@ def _tables(folder: Path, step: Step, result: xr.Dataset, statistics: Statistics
     return [step.name]
 
 
-def _figures(folder: Path, step: Step, results: dict[str, xr.Dataset], notes: list[str]) -> list[str]:
+def _figures(folder: Path, step: Step, results: dict[str, xr.Dataset], notes: list[str]) -> dict[str, str]:
     from hooked_vlm.plots import save_figure
 
-    drawn = []
+    drawn = {}
     for name, draw in step.method.figures.items():
         key = f"{step.name}_{name}" if name else step.name
         if key in results:
@@ -117,7 +119,7 @@ def _figures(folder: Path, step: Step, results: dict[str, xr.Dataset], notes: li
             if figure is not None:
                 folder.mkdir(exist_ok=True)
                 save_figure(figure, folder / f"{key}.png")
-                drawn.append(key)
+                drawn[key] = getattr(draw, "caption", "")
     return drawn
 
 

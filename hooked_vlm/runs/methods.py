@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,16 +85,31 @@ def _of_your_own(name: str) -> Method:
     return found if isinstance(found, Method) else Method(found)
 
 
-def _figure(name: str, **options: Any) -> Drawn:
+@dataclass(frozen=True)
+class _Figure:
     """A figure of :mod:`hooked_vlm.plots`, which is imported when it is drawn."""
 
-    def drawn(result: xr.Dataset, title: str) -> Figure:
+    name: str
+    options: Mapping[str, Any]
+
+    def __call__(self, result: xr.Dataset, title: str) -> Figure:
+        return self._draw(result, title=title, **_of_a_metric(self._draw, result, self.options))
+
+    @property
+    def caption(self) -> str:
+        """What is to be seen, as the function that draws it says."""
+        told = inspect.cleandoc(self._draw.__doc__ or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]
+        return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`|``([^`]*)``", r"\1\2", " ".join(told.split()))
+
+    @property
+    def _draw(self) -> Callable[..., Figure]:
         from hooked_vlm import plots
 
-        draw = getattr(plots, name)
-        return draw(result, title=title, **_of_a_metric(draw, result, options))
+        return getattr(plots, self.name)
 
-    return drawn
+
+def _figure(name: str, **options: Any) -> Drawn:
+    return _Figure(name, options)
 
 
 def _derived(function: Callable[..., xr.Dataset], **options: Any) -> Derived:

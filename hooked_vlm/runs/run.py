@@ -17,9 +17,10 @@ from hooked_vlm.experiments.parts.found import Found
 from hooked_vlm.experiments.parts.loop import Outcome, going_through
 from hooked_vlm.experiments.parts.over_samples import NoneUsedError
 from hooked_vlm.runs.experiment import SELECTION, Experiment, Step
-from hooked_vlm.runs.folder import Folder, Identity
-from hooked_vlm.runs.kept import KeptLoop, NothingLeft
+from hooked_vlm.runs.folder import Folder, Identity, ResumeError
+from hooked_vlm.runs.kept import KeptLoop, NothingLeft, may_be_mended
 from hooked_vlm.runs.made import Made, make_of, write_samples
+from hooked_vlm.runs.records import Records
 from hooked_vlm.runs.report import write_report
 from hooked_vlm.sweep.batches import chunk_memory, memory_budget
 
@@ -69,14 +70,16 @@ def run(
         workers: processes on this machine, each with a model of its own, on a GPU of its own where there are several.
         ray: the address of a Ray cluster (``"auto"``, ``"local"``, ``ray://...``) whose machines share the samples, in
             ``workers`` actors.
-        retry_failed: do samples again that failed, and those whose pictures could not be read; other dropped ones stay so.
+        retry_failed: do samples again that failed, or whose pictures could not be read; what else was dropped stays so.
         progress: show a bar, with the time left.
         told: is called with what should be said to the user.
 
     Raises:
         ExperimentError: a file that says something that cannot be done.
-        ResumeError: a folder that holds a run, without ``resume``; or another run, with it.
+        ResumeError: a folder that holds a run, without ``resume``; or another run, with it; samples to be tried again
+            on which others depend.
     """
+    from hooked_vlm.runs.cluster import check as check_cluster
     from hooked_vlm.runs.workers import helpers
 
     started = time.perf_counter()
@@ -88,10 +91,14 @@ def run(
     folder = Folder(Path(out))
     # Before a model is loaded, which takes long: what can be known to fail.
     folder.check(resume=resume)
+    if ray is not None:
+        check_cluster(ray)
+    if retry_failed:
+        _check_retry(folder, experiment)
     samples = experiment.read_samples(limit)
     model = experiment.load_model()
     # Processes share a machine's memory, and have a GPU each.
-    sharing = workers if model.device.type == "cpu" and ray is None else 1
+    sharing = workers if model.device.type == "cpu" and ray in (None, "local") else 1
     identity = Identity.of(experiment, model, samples, chunk_memory(model.device) // sharing)
     identity = folder.begin(identity, experiment, resume=resume)
     with as_begun(identity), helpers(folder, experiment, workers if ray is None else 1, told):
@@ -99,13 +106,28 @@ def run(
         options = {"numbers": numbers_of(samples), "retry_failed": retry_failed, "progress": progress, "told": told}
         with _loops(folder, experiment, ray, workers, options) as loop_of:
             made, chosen = _steps(folder, experiment, model, samples, loop_of, told)
-    with folder.alone():
+    with _making(folder, samples):
         folder.tidy()
         write_samples(folder, samples, chosen, [step.name for step in experiment.steps], made)
         summary = _summary(folder, experiment, samples, made, time.perf_counter() - started)
         folder.write("summary.json", summary)
         write_report(folder.path)
     return Run(folder.path, {name: result for own in made for name, result in own.results.items()}, summary)
+
+
+def _check_retry(folder: Folder, experiment: Experiment) -> None:
+    """That samples may be tried again without those that are done already being others for it.
+
+    Raises:
+        ResumeError: they may not, in some step.
+    """
+    for step in experiment.steps:
+        gate, own = (Records(folder.records(name)) for name in (SELECTION, step.name))
+        if own.finished() and step.method.looks_around(step.arguments) and (may_be_mended(gate) or may_be_mended(own)):
+            raise ResumeError(
+                f"what {step.name} finds of a sample depends on all the others, so that none can be tried again by "
+                f"itself: remove {own.folder}, and all are"
+            )
 
 
 @contextmanager
@@ -141,7 +163,7 @@ def _steps(
         loop = loop_of(step.name)
         try:
             result = carried_out(step, model, chosen, loop)
-            with folder.alone():
+            with _making(folder, samples):
                 made.append(make_of(folder.path, step, result, experiment.statistics, loop.seconds, samples.dropped))
         except NoneUsedError as error:
             told(str(error))
@@ -153,6 +175,22 @@ def _steps(
             told(str(error))
             made.append(Made(step, {}, chosen.dropped[len(samples.dropped) :], loop.seconds))
     return made, chosen
+
+
+@contextmanager
+def _making(folder: Folder, samples: Samples) -> Iterator[None]:
+    """No other process makes files of the run, and they are still to be of these samples.
+
+    Raises:
+        ResumeError: another process has gone on with more.
+    """
+    with folder.alone():
+        known = folder.identity()
+        if known is None or len(known.samples) > len(samples):
+            raise ResumeError(
+                f"another process has gone on with {folder.path}, with more samples; its results are there"
+            )
+        yield
 
 
 def carried_out(step: Step, model: HookedVLM, samples: Samples, loop: KeptLoop) -> xr.Dataset:
@@ -212,13 +250,13 @@ def join(
     experiment = Experiment.of(identity.experiment, base=base)
     samples = experiment.read_samples(len(identity.samples))
     model = experiment.load_model(device)
-    options = {"numbers": numbers_of(samples), "told": told}
+    options: dict[str, Any] = {"numbers": numbers_of(samples), "told": told}
     with as_begun(identity):
         chosen = selected(experiment, model, samples, KeptLoop(folder.records(SELECTION), **options))
         for step in experiment.steps:
             try:
                 carried_out(step, model, chosen, KeptLoop(folder.records(step.name), is_helper=True, **options))
-            except (NothingLeft, NoneUsedError):
+            except (NothingLeft, ValueError):  # of which the run that is helped along says more
                 continue
 
 

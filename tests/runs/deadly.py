@@ -1,4 +1,4 @@
-"""A method that costs nothing, and kills who carries it out so many times; a module that actors can import."""
+"""An experiment of which one method kills who carries it out, so many times; in a module that actors can import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import xarray as xr
@@ -25,6 +27,7 @@ def deadly(
     deaths: Mapping[str, int] | None = None,
     odd: Mapping[str, str] | None = None,
     seconds: float = 0.0,
+    threads: int | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
     """Numbers, of a sample's name alone.
@@ -34,6 +37,7 @@ def deadly(
         deaths: how many processes die at a sample, by its name.
         odd: samples that are ``"dropped"`` or ``"failed"``.
         seconds: what a turn takes.
+        threads: of torch, that there must be.
     """
 
     def one(sample: Sample) -> xr.Dataset:
@@ -46,6 +50,7 @@ def deadly(
         if how is not None:
             raise {"dropped": SampleError, "failed": RuntimeError}[how](f"{sample.id} is odd")
         assert torch.is_inference_mode_enabled(), "what is set up around the samples holds for each"
+        assert threads in (None, torch.get_num_threads())
         note(log, "ends", sample.id)
         return numbers_of(sample.id)
 
@@ -54,6 +59,30 @@ def deadly(
 
 
 DEADLY = Method(deadly, quantity="value")
+
+N_SAMPLES = 12
+ONCE, ALWAYS, DROPPED, FAILED = (f"shapes-7-{number}-color" for number in (8, 11, 1, 2))
+"""Samples at which one worker dies; or every one (the last, so that no other waits for a new one); odd ones."""
+
+
+def tables(log: Path, once: int = 0, always: int = 0) -> dict[str, Any]:
+    """Four steps: two that cost nothing, at which so many workers die; and two real ones, one with means of samples."""
+    odd = {DROPPED: "dropped", FAILED: "failed"}
+    deadly = {"use": f"{__name__}:DEADLY"}
+    edges = [["question", "last"], ["image", "last"]]
+    tokens = {"evaluate": {"vqa": {"kind": "NextToken"}}, "conditions": {"object": {"kind": "ObjectTokens"}}}
+    return {
+        "model": "toy-llava",
+        "samples": {"shapes": N_SAMPLES, "seed": 7, "kinds": ["color"]},
+        "keep_correct": True,
+        "methods": {
+            "numbers": {**deadly, "log": f"{log}.numbers", "deaths": {ONCE: once}, "odd": odd, "seconds": 0.05},
+            "flow": {"use": "information_flow", "width": 1, "edges": edges},
+            "visual_tokens": {"replace_by": "mean", **tokens},
+            "hopeless": {**deadly, "log": f"{log}.hopeless", "deaths": {ALWAYS: always}},
+        },
+        "statistics": {"resamples": 20, "permutations": 20},
+    }
 
 
 def impatient(settings: Mapping[str, str], attempts: int) -> None:

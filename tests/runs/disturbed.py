@@ -126,13 +126,13 @@ def tables(log: Path | str = "", *, samples: Mapping[str, Any] | int = 60, **arg
 
 def values_of(folder: Path) -> dict[str, Any]:
     """All that a run says in numbers, to be compared: results to the bit with their attributes, and tables."""
-    files = sorted(folder.glob("results/*.nc"))
-    assert files
-    said: dict[str, Any] = {f"{path.stem}, attributes": results.load(path).attrs for path in files}
-    for path in files:
-        for name, own in results.load(path).variables.items():
+    found = {path.stem: results.load(path) for path in sorted(folder.glob("results/*.nc"))}
+    assert found
+    said: dict[str, Any] = {f"{file}, attributes": result.attrs for file, result in found.items()}
+    for file, result in found.items():
+        for name, own in result.variables.items():
             assert own.dtype.kind in "biufOU"
-            said[f"{path.stem}, {name}"] = (own.dims, own.shape, own.dtype.str, *_bits(own.values))
+            said[f"{file}, {name}"] = (own.dims, own.shape, own.dtype.str, *_bits(own.values))
     tables = {path.name: path.read_bytes() for path in sorted(folder.glob("tables/*.csv"))}
     return {**said, **tables, "samples": (folder / "samples.json").read_bytes()}
 

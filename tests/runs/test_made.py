@@ -82,6 +82,7 @@ def test_results_tables_and_figures_are_files(result: xr.Dataset, tmp_path: Path
         "results": ["mine", "mine_largest"],
         "tables": ["mine"],
         "figures": ["mine", "mine_largest"],
+        "captions": {"mine": "", "mine_largest": ""},
         "notes": [],
     }
 

@@ -82,6 +82,9 @@ def test_its_result_has_a_table_and_figures(name: str, tmp_path: Path) -> None:
         assert found.attrs["method"]
         assert found.sizes
     assert own["figures"] == [f"own_{figure}" if figure else "own" for figure in method.figures]
+    for caption in own["captions"].values():
+        assert caption.endswith(".")
+        assert not {"`", "\n", "Args:"} & {*caption, *caption.split()}
     for figure in own["figures"]:
         assert (tmp_path / "run" / "figures" / f"{figure}.png").stat().st_size > 3000
     rows = list(csv.DictReader((tmp_path / "run" / "tables" / "own.csv").open()))

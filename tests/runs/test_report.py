@@ -3,131 +3,29 @@
 from __future__ import annotations
 
 import base64
-import csv
 import errno
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from html.parser import HTMLParser
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import xarray as xr
 from PIL import Image
 
 from hooked_vlm import results
 from hooked_vlm.runs.report import duration, size, write_report
-from hooked_vlm.runs.report_tables import number, p_value, read_table, visible
-from hooked_vlm.runs.run import run
 from tests.runs.browser import needs_browser, open_page
+from tests.runs.reported import a_step, cell, change, make_folder, page_of, session, write, write_csv
 
 NASTY = '<script>alert(1)</script> & "quotes" <img src="http://example.com/x.png" onerror="alert(2)">'
-LABELS = ("metric", "token", "layer", "last_layer")
-STATISTICS = ("n", "mean", "low", "high", "median", "median_low", "median_high", "p", "p_corrected")
-
-
-def write_csv(path: Path, rows: Sequence[Sequence[Any]], labels: Sequence[str] = LABELS) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([[*labels, *STATISTICS], *rows])
-    return path
-
-
-def cell(mean: float, p: float = 0.25, n: int = 3) -> list[Any]:
-    return [n, mean, mean - 0.1, mean + 0.1, mean, mean, mean, p, min(1.0, 4 * p)]
-
-
-def session(started: str = "2026-11-21T18:00:00+00:00", **changes: Any) -> dict[str, Any]:
-    versions = {"hooked_vlm": "0.1.0", "torch": "2.13.0"}
-    facts = {"started": started, "command": "hooked-vlm run color.toml --out runs/color", "versions": versions}
-    return {**facts, "cpu_cores": 2, "device_name": "", "workers": 1, **changes}
-
-
-def a_step(**changes: Any) -> dict[str, Any]:
-    reasons = [
-        {"outcome": "dropped", "kind": "no region", "count": 1, "examples": [["id-3", "it has no region 'object'"]]},
-        {"outcome": "failed", "kind": "OSError", "count": 1, "examples": [["id-4", "image file is truncated"]]},
-    ]
-    made = {"results": ["flow"], "tables": ["flow"], "figures": ["flow"]}
-    return {
-        "method": "information_flow",
-        "arguments": {"width": 1, "edges": [["image", "last"]] * 30},
-        **{"used": 3, "dropped": 1, "failed": 1, "reasons": reasons, "seconds": 3725.0, **made, **changes},
-    }
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a run of one step over five samples."""
-    for name in ("results", "tables", "figures", "pictures"):
-        (tmp_path / name).mkdir()
-    effect = xr.Dataset({"effect": (("sample", "layer"), np.zeros((3, 2)))})
-    facts = {"model": "toy-llava", "dtype": "float32", "seed": 7, "dropped": '[["id-3", "no region", "a reason"]]'}
-    results.save(effect.assign_attrs(facts), tmp_path / "results" / "flow.nc")
-    labels = [
-        (metric, token, layer) for metric in ("probability", "logit_difference") for token in "ab" for layer in (0, 1)
-    ]
-    rows = [[*label, label[-1], *cell(0.1 * (i + 1), 0.0 if i == 3 else 0.25)] for i, label in enumerate(labels)]
-    write_csv(tmp_path / "tables" / "flow.csv", rows)
-    Image.new("RGB", (800, 400), "white").save(tmp_path / "figures" / "flow.png", dpi=(200, 200))
-    for place in (0, 1):
-        Image.new("RGB", (96, 96), "red").save(tmp_path / "pictures" / f"{place:06}.png")
-    (tmp_path / "experiment.toml").write_text('model = "toy-llava"  # a comment\n')
-    outcomes = ["used", "used", "used", "dropped", "failed"]
-    sample = {"question": "what color is the star ?", "answer": "red", "foil": None, "group": "color"}
-    write(
-        tmp_path, "samples", [{"id": f"id-{i}", **sample, "outcome": {"flow": own}} for i, own in enumerate(outcomes)]
-    )
-    experiment = {"statistics": {"level": 0.9}, "keep_correct": False}
-    facts = {"format": 1, "digest": "ab12", "experiment": experiment, "samples": ["ab12"] * 5}
-    write(tmp_path, "run", {**facts, "model": {"revision": "main"}, "threads": 2})
-    write(tmp_path, "environment", [session()])
-    cost = {"seconds": 4000.0, "samples_per_hour": 4.5, "bytes_on_disk": 2_500_000}
-    asked = {"title": "Where is color read?", "question": "Which tokens does the answer read?", "model": "toy-llava"}
-    write(tmp_path, "summary", {**asked, "steps": {"flow": a_step()}, "read": 5, "not_read": [], **cost})
-    return tmp_path
-
-
-def write(folder: Path, name: str, content: Any) -> None:
-    (folder / f"{name}.json").write_text(json.dumps(content))
-
-
-def change(folder: Path, name: str, **changes: Any) -> None:
-    write(folder, name, {**json.loads((folder / f"{name}.json").read_text()), **changes})
-
-
-class Markup(HTMLParser):
-    """Tags with their attributes, in order, and the text of each."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.texts.append((tag, ""))
-
-    def handle_data(self, data: str) -> None:
-        if self.texts:
-            tag, text = self.texts[-1]
-            self.texts[-1] = (tag, text + data)
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [own for name, own in self.tags if name == tag]
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(text for tag, text in self.texts if tag != "style").split())
-
-
-def page_of(folder: Path) -> Markup:
-    assert write_report(folder) == folder / "report.html"
-    return Markup((folder / "report.html").read_text(encoding="utf-8"))
+    return make_folder(tmp_path)
 
 
 def test_it_says_what_was_asked_done_and_found(folder: Path) -> None:
@@ -398,99 +296,6 @@ def test_a_full_disk_leaves_the_page_that_was_there(folder: Path, monkeypatch: p
     assert (folder / "report.html").read_text() == "before"
 
 
-def texts(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
-    return [[cell.text for cell in row] for row in rows]
-
-
-def test_a_table_shows_the_largest_cells_of_each_metric(folder: Path) -> None:
-    table = read_table(folder / "tables" / "flow.csv")
-    assert table.constant == {"n": "3"}
-    assert table.largest.titles == ["token", "layer", "mean", "low", "high", "median", "p", "p corrected"]
-    assert table.largest.is_number == [False, *7 * [True]]
-    assert list(table.largest.groups) == ["probability", "logit difference"]
-    assert texts(table.largest.groups["probability"])[:2] == [
-        ["b", "1", "0.400", "0.300", "0.500", "0.400", "< 0.001", "< 0.001"],
-        ["b", "0", "0.300", "0.200", "0.400", "0.300", "0.250", "1.000"],
-    ]
-    assert table.whole is None, "it would be the same table again"
-
-
-def test_the_whole_table_is_in_its_own_order(tmp_path: Path) -> None:
-    table = read_table(write_csv(tmp_path / "t.csv", [[f"m{i % 2}", "a", i, i, *cell(i)] for i in range(12)]))
-    assert {kind: [row[0].text for row in rows] for kind, rows in table.largest.groups.items()} == {
-        "m0": ["10", "8", "6", "4", "2"],
-        "m1": ["11", "9", "7", "5", "3"],
-    }
-    assert table.whole is not None
-    assert table.whole.titles[:2] == ["metric", "layer"]
-    assert [row[1] for row in texts(table.whole.groups[""])] == [str(i) for i in range(12)]
-
-
-def test_points_stand_under_points(tmp_path: Path) -> None:
-    means = (1234.0, 12.0, -0.5, 0.00123, 1e-12, math.nan)
-    rows = [["m", "t", i, -i, *cell(mean)] for i, mean in enumerate(means)]
-    whole = read_table(write_csv(tmp_path / "t.csv", rows)).whole
-    assert whole is not None
-    shown = [row[whole.titles.index("mean")] for row in whole.groups[""]]
-    assert [cell.text for cell in shown] == ["1,234", "12.0", "−0.500", "0.00123", "1.00e−12", "–"]
-    ends = [len(cell.text + cell.pad) - (cell.text + cell.pad).index(".") for cell in shown[:4]]
-    assert ends == [6, 6, 6, 6]
-    assert shown[4].pad == "", "an exponent does not push the others aside"
-    largest = read_table(tmp_path / "t.csv").largest.groups[""]
-    assert [row[0].text for row in largest] == ["0", "1", "2", "3", "4"], "what has no mean is not among the largest"
-
-
-@pytest.mark.parametrize(("n", "is_whole"), [(11, True), (300, True), (301, False)])
-def test_long_tables_stay_in_their_file(n: int, is_whole: bool, folder: Path) -> None:
-    write_csv(folder / "tables" / "flow.csv", [["m", "a", i, 0, *cell(i)] for i in range(n)])
-    table = read_table(folder / "tables" / "flow.csv")
-    assert (table.whole is not None) == is_whole
-    assert table.n_shown == len(table.largest.groups[""]) == 10
-    words = page_of(folder).words
-    assert (f"All {n} cells are in" in words) == (not is_whole)
-
-
-def test_a_table_without_a_test_or_without_numbers(folder: Path) -> None:
-    untested = [[label, *row] for label, row in zip("ab", [[3, 1.0, 0.9, 1.1, 1.0, "", "", "", ""]] * 2, strict=True)]
-    table = read_table(write_csv(folder / "tables" / "flow.csv", untested, labels=["head"]))
-    assert not table.has_p
-    assert table.largest.titles == ["head", "mean", "low", "high", "median"]
-    assert "flips" not in page_of(folder).words
-    write_csv(folder / "tables" / "flow.csv", [])
-    assert "tables/flow.csv has no cell with a number." in page_of(folder).words
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0"),
-        (-0.0, "0"),
-        (0.9996, "1.00"),
-        (9.996, "10.0"),
-        (-0.012345, "−0.0123"),
-        (0.0001, "0.000100"),
-        (0.00001, "1.00e−5"),
-        (99.96, "100"),
-        (22831.4, "22,831"),
-        (1.5e9, "1.50e9"),
-        (math.nan, "–"),
-        (-math.inf, "−inf"),
-    ],
-)
-def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(("p", "text"), [(0.0, "< 0.001"), (0.0009999, "< 0.001"), (0.001, "0.001"), (1.0, "1.000")])
-def test_p_is_never_0(p: float, text: str) -> None:
-    assert p_value(p) == text
-
-
-@pytest.mark.parametrize(("label", "text"), [("cat", "cat"), (" cat", "“ cat”"), ("\n", "\\n"), ("", "")])
-def test_white_space_in_labels_is_seen(label: str, text: str) -> None:
-    assert visible(label) == text
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.5, "0.500 s"), (99.0, "99.0 s"), (3570, "1 h 00 min"), (600, "10 min")]
 )
@@ -503,15 +308,6 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_sizes(n_bytes: float, text: str) -> None:
     assert size(n_bytes) == text
-
-
-@needs_browser
-def test_the_report_of_a_real_run(tmp_path: Path, unchecked: None) -> None:
-    run("zhang", tmp_path / "zhang", limit=2)
-    page = open_page(tmp_path / "zhang" / "report.html")
-    assert page.problems == []
-    assert page.n_images == 4
-    assert "This run has not finished" not in page.text
 
 
 BAD_PAGES = {

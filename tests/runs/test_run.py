@@ -14,7 +14,7 @@ import torch
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.data import Samples, keep_correct, shapes, write_manifest
-from hooked_vlm.runs import Experiment, Run, run
+from hooked_vlm.runs import Experiment, ResumeError, Run, run
 from hooked_vlm.runs.folder import Identity
 from hooked_vlm.runs.run import as_begun
 from hooked_vlm.sweep import batches
@@ -26,12 +26,15 @@ LLAVA = {
     "answer_by_layer": {},
 }
 
+runner = sys.modules["hooked_vlm.runs.run"]  # beside which the package has a function of that name
+
 
 @pytest.fixture(autouse=True)
 def quick(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are loaded once, signatures are checked elsewhere, and nothing here is about the disk."""
+    """Models are loaded once, and nothing here is about signatures, figures or the disk."""
     monkeypatch.setattr(Experiment, "load_model", lambda self, device=None: a_model(self.model["name"]))
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("hooked_vlm.runs.made._figures", lambda *_: [])
 
 
 def carried_out(given: dict[str, Any], out: Path, base: Path = Path(), **options: Any) -> Run:
@@ -47,8 +50,8 @@ def written_at(out: Path) -> dict[Path, int]:
 
 def test_numbers_are_those_of_bare_calls(tmp_path: Path) -> None:
     """Of methods that make a mean of all samples first, too; of those that the model answers rightly; gone on with."""
-    model = HookedVLM.from_pretrained("toy-llava")
-    listed = [replace(one, image=None if place == 4 else one.image) for place, one in enumerate(shapes(6, seed=5))]
+    model = a_model("toy-llava")
+    listed = [replace(one, image=None if place == 4 else one.image) for place, one in enumerate(shapes(5, seed=5))]
     listed[1] = replace(listed[1], answer="purple")
     given = manifest(tmp_path, listed) | {"model": "toy-llava", "keep_correct": True, "methods": LLAVA}
     first = carried_out(given, tmp_path / "run", tmp_path)
@@ -70,7 +73,7 @@ def test_numbers_are_those_of_bare_calls(tmp_path: Path) -> None:
     assert (values_of(tmp_path / "run"), written_at(tmp_path / "run")) == (values, before)
     assert all(again.results[name].identical(result) for name, result in first.results.items())
     # Of these, a mean of others would be another.
-    assert first.counts == dict.fromkeys(LLAVA, (4, 2, 0))
+    assert first.counts == dict.fromkeys(LLAVA, (3, 2, 0))
 
 
 def manifest(folder: Path, samples: Any) -> dict[str, Any]:
@@ -136,6 +139,24 @@ def test_a_picture_that_is_mended_is_tried_again(broken: Path, tmp_path: Path) -
     assert len(turns(tmp_path / "log", "begins")) == 3
 
 
+def test_samples_on_which_others_depend_are_tried_again_with_them(broken: Path, tmp_path: Path) -> None:
+    """A mean of all samples is another when a picture comes back."""
+    shutil.copytree(broken, tmp_path / "samples")
+    base, out = tmp_path / "samples", tmp_path / "run"
+    ablate = {"components": ["answer_decoder.L0.mlp"], "how": "mean", "by": "global"}
+    given = {**tables(), "samples": {"file": "samples.jsonl"}, "methods": {"ablate": ablate, "answer_by_layer": {}}}
+    carried_out(given, out, base)
+    shapes(1, seed=5, kinds=("color",))[0].picture().save(sorted((base / "pictures").glob("*color.png"))[0])
+    with pytest.raises(
+        ResumeError, match=f"depends on all the others, .*: remove {out / 'records' / 'ablate'}, and all"
+    ):
+        carried_out(given, out, base, resume=True, retry_failed=True)
+    shutil.rmtree(out / "records" / "ablate")
+    assert carried_out(given, out, base, resume=True, retry_failed=True).counts["ablate"] == (3, 3, 0)
+    carried_out(given, tmp_path / "other", base)
+    assert values_of(out) == values_of(tmp_path / "other")
+
+
 def test_every_sample_is_accounted_for(tmp_path: Path) -> None:
     """Rows that never became samples, those that the gate keeps back, and those that the step drops, or fails at."""
     listed = list(shapes(7, seed=5, kinds=("color",)))
@@ -174,7 +195,7 @@ def test_a_gate_that_fails_at_a_sample_is_tried_again_and_moves_no_other(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["hooked_vlm.runs.run"], "keep_correct", fails)
+        patch.setattr(runner, "keep_correct", fails)
         assert carried_out(given, out).counts == {"numbers": (4, 0, 1)}
     before = written_at(out)
     assert carried_out(given, out, resume=True).counts == {"numbers": (4, 0, 1)}
@@ -194,6 +215,14 @@ def test_a_run_none_of_whose_samples_can_be_used_ends_in_order(tmp_path: Path) -
     assert found.counts == {"numbers": (0, 2, 0)}
     assert told == ["numbers was given no samples: 2 dropped (a wrong answer: 2)"]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_what_the_gate_keeps_back_is_counted_where_the_step_can_use_none(tmp_path: Path) -> None:
+    wrong, odd = shapes(2, seed=5, kinds=("color",))
+    given = manifest(tmp_path, [replace(wrong, answer="wrong"), odd])
+    given["methods"]["numbers"]["odd"] = {odd.id: "failed"}
+    found = carried_out({**given, "keep_correct": {"check_foil": False}}, tmp_path / "run", tmp_path)
+    assert found.counts == {"numbers": (0, 1, 1)}
 
 
 def test_samples_of_any_name(tmp_path: Path) -> None:
@@ -231,6 +260,29 @@ def test_more_samples_and_other_statistics(tmp_path: Path) -> None:
     carried_out(given, tmp_path / "run", resume=True)
     assert values_of(tmp_path / "run") != values_of(tmp_path / "other")
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 4
+
+
+def test_results_of_fewer_samples_do_not_take_the_place_of_those_of_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process has gone on meanwhile, and has come to the end before."""
+    given, out, step = tables(samples=4), tmp_path / "run", runner.carried_out
+
+    def overtaken(*arguments: Any) -> Any:
+        found = step(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "carried_out", step)
+            carried_out(given, out, resume=True)
+        return found
+
+    monkeypatch.setattr(runner, "carried_out", overtaken)
+    with pytest.raises(
+        ResumeError, match="another process has gone on with .*, with more samples; its results are there"
+    ):
+        carried_out(given, out, limit=2)
+    monkeypatch.setattr(runner, "carried_out", step)
+    carried_out(given, tmp_path / "other")
+    assert values_of(out) == values_of(tmp_path / "other")
 
 
 def test_damaged_files_are_made_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hooked_vlm.runs.folder import Folder
 from hooked_vlm.runs.workers import helpers
 from tests.runs.disturbed import tables, wait_until
 
-WAITS = "import sys; sys.stdin.read()"
+WAITS = "import time; time.sleep(60)"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 _MISSING: dict[str, Any] = {"b": False, "i": -1, "U": "", "f": np.nan}
 """What stands where a sample has no such cell, by the kind of a variable's numbers."""
+
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""What no text of a netCDF file has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +58,8 @@ class Found:
             "group": sample.group or "",
             "gold": sample.answer or "",
         }
-        if any("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text) for text in facts.values()):
-            raise SampleError(
-                f"{sample.id!r}: a NUL, or half a surrogate pair, among its letters", "letters that are none"
-            )
+        if any(map(_UNWRITABLE.search, facts.values())):
+            raise SampleError(f"{sample.id!r} has a NUL or half a surrogate pair in its texts", "letters that are none")
         own = {name: (("sample",), np.array([text], dtype=str)) for name, text in facts.items()}
         return replace(self, variables={**self.variables, **own}, coords=frozenset({*self.coords, *own}))
 

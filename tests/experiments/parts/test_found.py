@@ -40,11 +40,13 @@ def _one(draw: st.DrawFn, plan: Plan, number: int) -> Any:
     own = {dim: draw(st.permutations(labels))[: draw(st.integers(1, 3))] for dim, labels in LABELS.items()}
     names = [name for name in plan if name == next(iter(plan)) or draw(st.booleans())]
     sizes = {"sample": 1, "free": 2, **{dim: len(labels) for dim, labels in own.items()}}
+    order = draw(st.sampled_from([1, -1]))  # of dims, which need not be the same in all
 
     def of(name: str) -> xr.Dataset:
         drawn = np.random.default_rng([number, int(name)])
         variables = {
-            one: (plan[one][0], _values(drawn, [sizes[dim] for dim in plan[one][0]], plan[one][1])) for one in names
+            one: (plan[one][0][::order], _values(drawn, [sizes[dim] for dim in plan[one][0][::order]], plan[one][1]))
+            for one in names
         }
         used = {dim for dims, _ in variables.values() for dim in dims}
         labels = {dim: labels for dim, labels in own.items() if dim in used}
@@ -71,7 +73,7 @@ def test_what_each_has_stays_and_all_else_is_missing(given: list[xr.Dataset]) ->
         assert (name in found.coords) == any(name in one.coords for one in given)
         for row, one in enumerate(given):
             whole = found[name].isel(sample=row)
-            has = _cells(one[name].isel(sample=0)) if name in one.variables else {}
+            has = _cells(one[name].isel(sample=0).transpose(*whole.dims)) if name in one.variables else {}
             for cell, value in _cells(whole).items():
                 expected = has.pop(cell, MISSING[found[name].dtype.kind])
                 assert value == expected or (value != value and expected != expected)
