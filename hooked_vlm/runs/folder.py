@@ -83,13 +83,15 @@ class Folder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ResumeError(f"{self.path} is a file; a run has a folder of its own")
+        # Hidden files are what a process that was killed left before it had begun. This is looked for first: another
+        # process may be beginning, and the first file of a run is the one that says what it is.
+        is_used = self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
         if self.identity() is not None:
             if not resume:
                 raise ResumeError(
                     f"{self.path} holds a run already: go on with it (--resume), or choose another folder"
                 )
-        # Hidden files are what a process that was killed left before it had begun.
-        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+        elif is_used:
             raise ResumeError(f"{self.path} is not empty, and holds no run")
 
     def begin(self, identity: Identity, experiment: Experiment, *, resume: bool) -> Identity:

@@ -36,7 +36,7 @@ def refused(*arguments: object) -> str:
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_is_stopped_by_hand_and_gone_on_with(stop: int, code: int, tmp_path: Path) -> None:
     log, out, said = tmp_path / "log", tmp_path / "run", tmp_path / "said"
-    given = tables(log, samples=5, seconds=0.1)
+    given = tables(log, samples=5, seconds=0.3)
     arguments = ["run", str(toml(tmp_path, given)), "--out", str(out)]
     process = started(command, arguments, said)
     wait_until(lambda: len(turns(log)) == 5)  # in the third sample's turn
@@ -44,7 +44,8 @@ def test_a_run_is_stopped_by_hand_and_gone_on_with(stop: int, code: int, tmp_pat
     assert ended(process) == code
     assert said.read_text() == f"hooked-vlm: stopped; what is done is in {out}: go on with --resume\n"
     assert leftovers(out) == []
-    assert len(turns(log, "ends")) == len(list(out.rglob("*.record"))) == 2
+    # In time for the third, or on a machine that has much to do for a later one.
+    assert 2 <= len(turns(log, "ends")) == len(list(out.rglob("*.record"))) < 5
     assert ended(started(command, [*arguments, "--resume"], said)) == 0
     rows = [line.split() for line in said.read_text().splitlines()]
     assert ["numbers", "5", "0", "0"] in rows
