@@ -69,9 +69,8 @@ def main() -> None:
         written["kept"] = kept
         if chosen.workers > 1:
             shared = throughput(chosen.samples or 200, chosen.workers)
-            report(
-                f"{TOY}, a whole run", ("workers", "seconds", "samples an hour"), shared, [], ["With its start."], None
-            )
+            columns = ("workers", "seconds", "samples an hour")
+            report(f"{TOY}, a whole run", columns, shared, [], ["With its start and its report."], None)
             written["workers"] = shared
         if chosen.finished:
             again = resumed(chosen.finished)

@@ -143,6 +143,16 @@ def _takes_samples(arguments: Mapping[str, Any]) -> bool:
     return how in ("mean", "resample") and arguments.get("reference") is None
 
 
+def _of_constraints(call: Callable[..., Any]) -> Method:
+    return Method(
+        call,
+        quantity="effect",
+        cells=_over_roles,
+        derived={"peaks": _peaks},
+        figures={"": _figure("constraint_trace_figure"), "peaks": _figure("window_study_figure")},
+    )
+
+
 METHODS: dict[str, Method] = {
     "causal_trace": Method(
         experiments.causal_trace,
@@ -157,20 +167,8 @@ METHODS: dict[str, Method] = {
         derived={"selected": _selected},
         figures={"selected": _figure("head_grid_figure")},
     ),
-    "constraint_trace": Method(
-        experiments.constraint_trace,
-        quantity="effect",
-        cells=_over_roles,
-        derived={"peaks": _peaks},
-        figures={"": _figure("constraint_trace_figure"), "peaks": _figure("window_study_figure")},
-    ),
-    "window_study": Method(
-        experiments.window_study,
-        quantity="effect",
-        cells=_over_roles,
-        derived={"peaks": _peaks},
-        figures={"": _figure("constraint_trace_figure"), "peaks": _figure("window_study_figure")},
-    ),
+    "constraint_trace": _of_constraints(experiments.constraint_trace),
+    "window_study": _of_constraints(experiments.window_study),
     "attention_contribution": Method(
         experiments.attention_contribution,
         quantity="from_source",
