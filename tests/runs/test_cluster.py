@@ -138,7 +138,8 @@ def test_samples_that_cannot_be_used_are_no_deaths(story: Story) -> None:
 
 def test_a_sample_at_which_every_worker_dies_is_given_up(story: Story) -> None:
     at_it = [turn.what for turn in story.hopeless if turn.sample == ALWAYS]
-    assert at_it == ["begins", "begins"]
+    # Twice, and once more for each worker that died at it before the record of the sample before had arrived.
+    assert at_it in (["begins"] * n for n in (2, 3, 4))
     (reason,) = story.summary("hopeless")["reasons"]
     assert (reason["outcome"], reason["kind"], reason["count"]) == ("failed", "workers died at it", 1)
     ((name, why),) = reason["examples"]
