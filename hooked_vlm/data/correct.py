@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from hooked_vlm.data.samples import SAME_BEGINNING, Dropped, Sample, SampleError, Samples
+from hooked_vlm.data.samples import SAME_BEGINNING, UNREADABLE, Dropped, Sample, SampleError, Samples
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.processing import ImageError
 from hooked_vlm.progress import track
@@ -116,7 +116,7 @@ def _asked(sample: Sample, ask: Callable[[Sample], Asked], prompt: str) -> Asked
     try:
         picture, question = ask(sample)
     except ImageError as error:
-        return SampleError(str(error), "a picture that cannot be read")
+        return SampleError(str(error), UNREADABLE)
     except SampleError as error:
         return error
     return picture, prompt.replace(QUESTION, question)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from hooked_vlm.data.samples import Sample, SampleError, Samples
+from hooked_vlm.data.samples import UNREADABLE, Sample, SampleError, Samples
 from hooked_vlm.files import whole_file
 from hooked_vlm.processing import ImageError, load_image
 
@@ -70,7 +70,7 @@ def check_pictures(samples: Samples) -> Samples:
                 if source is not None:
                     load()
         except ImageError as error:
-            raise SampleError(str(error), "a picture that cannot be read") from error
+            raise SampleError(str(error), UNREADABLE) from error
         return sample
 
     return samples.map(checked)

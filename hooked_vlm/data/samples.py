@@ -21,6 +21,10 @@ SAME_BEGINNING = "answer and foil begin with the same token"
 """What samples are counted under whose answers one token cannot tell apart."""
 
 
+UNREADABLE = "a picture that cannot be read"
+"""What samples are counted under whose picture is damaged, or out of reach."""
+
+
 class SampleError(ValueError):
     """A sample that a method cannot use; says why. ``kind`` is what such samples are counted under."""
 

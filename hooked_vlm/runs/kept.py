@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hooked_vlm.data.samples import Dropped, Sample, SampleError
+from hooked_vlm.data.samples import UNREADABLE, Dropped, Sample, SampleError
 from hooked_vlm.experiments.parts.found import Found
 from hooked_vlm.experiments.parts.loop import Failed, Loop, One, Outcome, Shared, found
 from hooked_vlm.files import remove, tidy
@@ -23,9 +23,6 @@ from hooked_vlm.runs.records import DamagedRecordError, Kept, Records, encoded
 
 WAIT = 0.05
 """Seconds between two looks at what other processes have done."""
-
-UNREADABLE = "a picture that cannot be read"
-"""What samples are counted under whose picture is damaged, or out of reach."""
 
 LONGEST = 4000
 """Characters that are kept of an error's message, and of its traceback."""

@@ -14,7 +14,7 @@ from hooked_vlm.data.correct import QUESTION, Match, matcher, told_by
 from hooked_vlm.data.pairs.editing import Edits, Prompt
 from hooked_vlm.data.pairs.editors import ImageEditor
 from hooked_vlm.data.pairs.likeness import Avoid, Likeness
-from hooked_vlm.data.samples import Dropped, Sample, SampleError, Samples
+from hooked_vlm.data.samples import UNREADABLE, Dropped, Sample, SampleError, Samples
 from hooked_vlm.data.shapes import ShapesSample
 from hooked_vlm.models import HookedVLM
 from hooked_vlm.processing import ImageError
@@ -82,7 +82,7 @@ def make_sip(
         try:
             kept.append(pair(sample))
         except ImageError as error:
-            dropped.append(Dropped(sample.id, str(error), "a picture that cannot be read"))
+            dropped.append(Dropped(sample.id, str(error), UNREADABLE))
         except SampleError as error:
             dropped.append(Dropped.of(sample.id, error))
     return Samples(kept, dropped)

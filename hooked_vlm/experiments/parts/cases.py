@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.cache import ActivationCache
 from hooked_vlm.corruptions import Corrupted, Corruption, CounterfactualImage, CounterfactualQuestion, describe
-from hooked_vlm.data.samples import SAME_BEGINNING, Sample, SampleError
+from hooked_vlm.data.samples import SAME_BEGINNING, UNREADABLE, Sample, SampleError
 from hooked_vlm.edits import edit_hooks
 from hooked_vlm.inputs import Span, SpanError, TextPiece, VLMInputs
 from hooked_vlm.metrics import at
@@ -117,7 +117,7 @@ def prepared(model: HookedVLM, sample: Sample, *, prompt: str = QUESTION) -> VLM
         picture = None if sample.image is None else sample.picture()
         inputs = model.prepare(picture, prompt.replace(QUESTION, sample.question))
     except ImageError as error:
-        what = "no picture" if sample.image is None else "a picture that cannot be read"
+        what = "no picture" if sample.image is None else UNREADABLE
         raise SampleError(f"{sample.id}: {error}", what) from error
     except ValueError as error:
         raise SampleError(f"{sample.id}: {error}", "inputs that the model cannot take") from error
@@ -139,7 +139,7 @@ def corruption_of(sample: Sample, how: CorruptionOf, prompt: str = QUESTION) -> 
         try:
             return CounterfactualImage(sample.picture_cf())
         except ImageError as error:
-            raise SampleError(str(error), "a picture that cannot be read") from error
+            raise SampleError(str(error), UNREADABLE) from error
     if how == "str":
         if sample.question_cf is None:
             raise SampleError(f"{sample.id} has no counterfactual question", "no counterfactual question")
